@@ -1,0 +1,1 @@
+"""Hierarchically Decoupled Spatial-Temporal Contrast: self-supervised video representations."""

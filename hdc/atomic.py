@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, whatever kills the process while they are written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from hdc.errors import InputError
+
+
+def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Fill a file beside `path`, flush it to the disk, then rename it over `path`.
+
+    Raises:
+        InputError: when the folder cannot be written to, or the disk is full; `path` is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write` for UTF-8 text."""
+
+    def fill(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write(path, fill)
+
+
+def check_folder(folder: Path) -> None:
+    """Make `folder` and try to write in it: better now than when there is something to lose.
+
+    Raises:
+        InputError: when that fails.
+    """
+    write_text(folder / ".writable", "")
+    (folder / ".writable").unlink()

@@ -1,0 +1,251 @@
+"""`hdc-train`: pretrain, finetune, test, probe, retrieve, and a demo of all of them.
+
+Exit codes: 0 done, 2 something given was wrong (one line on stderr says what), 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from rich.table import Table
+
+from hdc import atomic
+from hdc.config import (
+    CommandConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RetrieveConfig,
+    TestConfig,
+)
+from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.ucf101 import index_ucf101
+from hdc.demo import DemoConfig, demo
+from hdc.errors import InputError
+from hdc.finetune import finetune
+from hdc.presets import PRESETS
+from hdc.pretrain import pretrain
+from hdc.probe import probe
+from hdc.progress import ProgressBar, console
+from hdc.recognition import test
+from hdc.retrieval import retrieve
+from hdc.training import TrainedRun
+
+START = "hdc-train demo"
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """Learn a video representation without labels (HD-NCE)."""
+    _show_run(pretrain(config, open_data(config)), "hdc-train retrieve --checkpoint")
+
+
+def run_finetune(config: FinetuneConfig) -> None:
+    """Train a classifier from pretrained weights, or from scratch."""
+    _show_run(finetune(config, open_data(config)), "hdc-train test --checkpoint")
+
+
+def run_test(config: TestConfig) -> None:
+    """Recognise actions with a finetuned model (5 crops × clips)."""
+    result = test(config, open_data(config))
+    table = Table("accuracy", "top-1 %", "of")
+    table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
+    table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
+    console.print(table)
+    _show_written(config.out, "test.json")
+
+
+def run_probe(config: ProbeConfig) -> None:
+    """Fit a linear classifier on frozen features."""
+    result = probe(config, open_data(config))
+    table = Table("linear probe", "top-1 %")
+    table.add_row("test videos", f"{100 * result.test_accuracy:.1f}")
+    table.add_row("training videos", f"{100 * result.train_accuracy:.1f}")
+    console.print(table)
+    _show_written(config.out, "probe.json")
+
+
+def run_retrieve(config: RetrieveConfig) -> None:
+    """Find each test video's nearest training videos."""
+    result = retrieve(config, open_data(config))
+    table = Table("retrieval", *(f"top-{k}" for k in result.accuracy))
+    table.add_row("hits %", *(f"{100 * value:.1f}" for value in result.accuracy.values()))
+    console.print(table)
+    _show_written(config.out, "retrieval.json")
+
+
+def run_demo(config: DemoConfig) -> None:
+    """All of it on generated videos, in minutes on a CPU: start here."""
+    demo(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand: its configuration and what it runs. The docstring of `run` is its summary."""
+
+    config: type
+    run: Callable[[Any], None]
+    example: str
+
+
+COMMANDS = {
+    "demo": Command(DemoConfig, run_demo, "hdc-train demo --compare"),
+    "pretrain": Command(
+        PretrainConfig, run_pretrain, "hdc-train pretrain --data ucf101 --preset table1-hdc"
+    ),
+    "finetune": Command(
+        FinetuneConfig,
+        run_finetune,
+        "hdc-train finetune --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
+    ),
+    "test": Command(
+        TestConfig, run_test, "hdc-train test --data ucf101 --checkpoint runs/finetune/checkpoint.pt"
+    ),
+    "probe": Command(
+        ProbeConfig, run_probe, "hdc-train probe --data ucf101 --checkpoint runs/pretrain/checkpoint.pt"
+    ),
+    "retrieve": Command(
+        RetrieveConfig,
+        run_retrieve,
+        "hdc-train retrieve --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn every mistake of the user into one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+            return 0
+        name, *options = arguments
+        if name not in COMMANDS:
+            raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
+        command = COMMANDS[name]
+        config = parse(name, command, options)
+        if not config.out:
+            raise InputError("out is empty; it must name a folder")
+        atomic.check_folder(Path(config.out))
+        command.run(config)
+    except (InputError, argparse.ArgumentError) as error:
+        print(f"hdc-train: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hdc-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """What `hdc-train` alone prints."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        "hdc-train: self-supervised video representations by Hierarchically Decoupled",
+        "Spatial-Temporal Contrast (HDC).",
+        "",
+        *(f"  {name:<{width}}{command.run.__doc__}" for name, command in COMMANDS.items()),
+        "",
+        f"Start with:   {START}",
+        "Options of a command:   hdc-train COMMAND --help",
+    ]
+    return "\n".join(lines)
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+def parse(name: str, command: Command, options: list[str]) -> Any:
+    """The command's configuration out of defaults, preset, YAML file and options, in that order.
+
+    Raises:
+        InputError, argparse.ArgumentError: for anything that is unknown, missing or of a wrong type.
+    """
+    epilog = f"example: {command.example}"
+    parser = ArgumentParser(
+        prog=f"hdc-train {name}",
+        usage=f"hdc-train {name} [--option value ...]",
+        description=f"{command.run.__doc__}",
+        epilog=epilog,
+        exit_on_error=False,
+        formatter_class=_HelpFormatter,
+        default_env=False,
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of options (a run writes its own)"
+    )
+    fields = dataclasses.fields(command.config)
+    switches = [f.name for f in fields if f.default is False]
+    parser.add_class_arguments(command.config, skip=set(switches))
+    descriptions = _attribute_docs(command.config)
+    for switch in switches:
+        parser.add_argument(f"--{switch}", action="store_true", help=descriptions[switch])
+    if command.config is PretrainConfig:
+        parser.add_argument("--preset", choices=list(PRESETS), help=_preset_help())
+        _apply_preset(parser, options)
+    values = parser.instantiate(parser.parse_args(options))
+    return command.config(**{f.name: values[f.name] for f in fields})
+
+
+def _attribute_docs(config: type) -> dict[str, str]:
+    """The "Attributes" of a configuration's docstring and of its parents'."""
+    found: dict[str, str] = {}
+    for parent in reversed(config.__mro__):
+        text = re.sub(r"\n {10,}", " ", parent.__doc__ or "")
+        found |= dict(re.findall(r"^ {8}(\w+): (.+)$", text, flags=re.MULTILINE))
+    return found
+
+
+def _preset_help() -> str:
+    rows = (f"{name} ({preset.summary})" for name, preset in PRESETS.items())
+    return "a row of the paper's tables: " + "; ".join(rows)
+
+
+def _apply_preset(parser: ArgumentParser, options: list[str]) -> None:
+    """Make the preset's values the defaults, so that a file or an option can still change them."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset")
+    name = finder.parse_known_args(options)[0].preset
+    if name in PRESETS:
+        preset = PRESETS[name]
+        for group in ("objective", "augment"):
+            for key, value in dataclasses.asdict(getattr(preset, group)).items():
+                parser.set_defaults({f"{group}.{key}": value})
+
+
+def one_line(error: Exception) -> str:
+    """The message without line breaks, and without the parser's internal names."""
+    text = " ".join(str(error).split())
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+
+
+def open_data(config: CommandConfig) -> Manifest:
+    """The manifest named by `config.data`; a folder in UCF101's layout is indexed once, into manifest.csv."""
+    path = Path(config.data)
+    if not path.is_dir():
+        return read_manifest(path)
+    if (path / "manifest.csv").exists():
+        return read_manifest(path / "manifest.csv")
+    with ProgressBar("counting frames", 1) as bar:
+        manifest = index_ucf101(path, bar.set)
+    manifest.write()
+    return manifest
+
+
+def _show_run(run: TrainedRun, next_command: str) -> None:
+    if run.metrics:
+        console.print("  ".join(f"{name} {value:.4g}" for name, value in run.metrics.items()))
+    console.print(f"wrote {run.checkpoint}, {run.checkpoint.parent}/metrics.jsonl", highlight=False)
+    console.print(f"next: {next_command} {run.checkpoint}", highlight=False)
+
+
+def _show_written(out: str, name: str) -> None:
+    console.print(f"wrote {Path(out) / name}", highlight=False)

@@ -1,0 +1,33 @@
+"""Where the arithmetic runs, and how many processes decode for it."""
+
+import os
+
+import torch
+
+from hdc.config import CommandConfig
+from hdc.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one; anything else must be a device torch can use."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def decoding_workers(config: CommandConfig) -> int:
+    """`config.workers`, or its default: one process per core beside a GPU, at most 16; none on a CPU.
+
+    Measured on two cores: a decoding process beside a training step slows the step by 70 %, more than
+    it would take to decode in the step.
+    """
+    if config.workers is not None:
+        return config.workers
+    if pick_device(config.device).type == "cpu":
+        return 0
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,5 @@
+"""The one exception for what a user can mend: a path, an option, a file. The command line prints it as a line."""
+
+
+class InputError(ValueError):
+    """Something given to hdc is wrong; the message says what, and what to do."""

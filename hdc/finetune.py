@@ -1,0 +1,65 @@
+"""Finetuning for action recognition: the pretrained encoder, global pooling, dropout, one linear layer."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from hdc.backbones import Backbone
+from hdc.config import FinetuneConfig
+from hdc.data.clips import TrainingClips
+from hdc.data.manifest import Manifest
+from hdc.device import pick_device
+from hdc.errors import InputError
+from hdc.features import load_encoder
+from hdc.training import TrainedRun, train
+from hdc.views import augment
+
+
+class Classifier(nn.Module):
+    """Clips [B, 3, T, H, W] -> class logits [B, classes]."""
+
+    def __init__(self, backbone: Backbone, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(backbone.channels[5], classes)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.dropout(self.backbone(clips)[5].mean((2, 3, 4))))
+        return logits
+
+
+def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
+    """Train encoder and classifier on the labelled training videos of `manifest`.
+
+    Raises:
+        InputError: besides what `train` raises, when a class has no training videos in this split.
+    """
+    names = manifest.labels(config.label).names
+    videos = manifest.rows("train", config.split)
+    ids = videos.labels(config.label, names).ids
+    missing = sorted(set(range(len(names))) - set(ids.tolist()))
+    if missing:
+        raise InputError(
+            f"{manifest.source}: class {names[missing[0]]} has no training videos in split {config.split}"
+        )
+    videos.check_files()
+    backbone = load_encoder(config, config.checkpoint)
+    model = Classifier(backbone, len(names), config.dropout).to(pick_device(config.device))
+    dataset = TrainingClips(videos, ids, config.clips, views=1, seed=config.seed)
+
+    def step_loss(
+        clips: Tensor, labels: Tensor, generator: Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logits = model(augment(clips[0], config.augment, generator)).float()
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    return train("finetune", config, model, dataset, step_loss, {"classes": list(names)}, _status)
+
+
+def _status(values: Mapping[str, float]) -> str:
+    return f"loss {values['loss']:.3f}  accuracy {100 * values['accuracy']:.0f} %"

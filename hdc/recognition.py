@@ -1,0 +1,122 @@
+"""Testing a finetuned model: five crops of every non-overlapping clip, class scores averaged per video."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdc import atomic, checkpoint
+from hdc.backbones import build_backbone
+from hdc.config import TestConfig
+from hdc.data.clips import Unreadable
+from hdc.data.manifest import Manifest
+from hdc.data.video import Frames
+from hdc.device import pick_device
+from hdc.errors import InputError
+from hdc.features import cut, readable_videos
+from hdc.finetune import Classifier
+from hdc.views import center_square, to_unit_range
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Top-1 accuracies. A clip's scores are the mean over its five crops, a video's the mean over its clips."""
+
+    video_accuracy: float
+    clip_accuracy: float
+    videos: int
+    clips: int
+    unreadable: list[Unreadable]
+
+
+def five_crops(frames: Frames, size: int, *, corners: str = "frame") -> Frames:
+    """The centre and the four corners: [T, H, W, 3] -> [5, T, size, size, 3].
+
+    `corners` "frame" are those of the whole frame, "square" those of its central square.
+    """
+    centre = center_square(frames, size)
+    if corners == "square":
+        frames = center_square(frames, min(frames.shape[1:3]))
+    bottom, right = frames.shape[1] - size, frames.shape[2] - size
+    crops = [
+        frames[:, top : top + size, left : left + size]
+        for top in (0, bottom)
+        for left in (0, right)
+    ]
+    return np.stack([centre, *crops])
+
+
+def non_overlapping(frames: Frames, count: int) -> Frames:
+    """Clips of `count` frames one after the other; a shorter last one is repeated: [clips, count, H, W, 3]."""
+    return np.stack([cut(frames, start, count) for start in range(0, len(frames), count)])
+
+
+def load_classifier(config: TestConfig) -> tuple[Classifier, tuple[str, ...]]:
+    """The model of a finetuning checkpoint and the names of its classes."""
+    state = checkpoint.load(Path(config.checkpoint), "finetune")
+    backbone = build_backbone(
+        config.backbone, norm_eps=config.norm_eps, norm_affine=config.norm_affine
+    )
+    classes = tuple(state["classes"])
+    model = Classifier(backbone, len(classes), dropout=0.0)
+    source = f"{config.checkpoint} (backbone {state['config']['backbone']})"
+    checkpoint.load_strict(model, state["model"], source, f"backbone {config.backbone}")
+    return model.to(pick_device(config.device)).eval(), classes
+
+
+@torch.inference_mode()
+def test(config: TestConfig, manifest: Manifest) -> TestResult:
+    """Classify every test video; writes `test.json` into `config.out`, one entry per video."""
+    model, classes = load_classifier(config)
+    device = next(model.parameters()).device
+    videos = manifest.rows("test", config.split)
+    ids = videos.labels(config.label, classes).ids
+    if config.crop_size > config.clips.size:
+        raise InputError(
+            f"crop_size is {config.crop_size}, larger than frames with a short side of {config.clips.size}"
+        )
+
+    def scores(crops: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return model(to_unit_range(crops.to(device))).float().softmax(1).cpu()
+
+    predictions, clip_hits, unreadable = [], [], []
+    for row, video in readable_videos(videos, config, "test", unreadable):
+        clips = non_overlapping(video, config.clips.frames)
+        crops = np.stack([five_crops(c, config.crop_size, corners=config.corners) for c in clips])
+        flat = torch.from_numpy(crops).flatten(0, 1)
+        per_crop = torch.cat([scores(chunk) for chunk in flat.split(config.crop_batch)])
+        per_clip = per_crop.view(len(clips), 5, -1).mean(1)
+        clip_hits.append(per_clip.argmax(1) == int(ids[row]))
+        predictions.append((row, int(per_clip.mean(0).argmax())))
+
+    video_hits = [predicted == int(ids[row]) for row, predicted in predictions]
+    result = TestResult(
+        video_accuracy=sum(video_hits) / len(video_hits),
+        clip_accuracy=torch.cat(clip_hits).double().mean().item(),
+        videos=len(predictions),
+        clips=sum(map(len, clip_hits)),
+        unreadable=unreadable,
+    )
+    summary = {
+        "checkpoint": config.checkpoint,
+        "split": config.split,
+        "video_accuracy": result.video_accuracy,
+        "clip_accuracy": result.clip_accuracy,
+        "videos": result.videos,
+        "clips": result.clips,
+        "unreadable": [entry._asdict() for entry in unreadable],
+        "predictions": [
+            {
+                "path": str(videos.path[row]),
+                "class": classes[ids[row]],
+                "predicted": classes[predicted],
+            }
+            for row, predicted in predictions
+        ],
+    }
+    atomic.write_text(Path(config.out) / "test.json", json.dumps(summary, indent=1) + "\n")
+    return result

@@ -1,0 +1,205 @@
+"""The loop that pretraining and finetuning share: steps, log, checkpoints, resume.
+
+A step depends on the weights, the optimizer's buffers and its own number, on nothing else: batches,
+crops and dropout are drawn from (seed, step). So a run that is killed at any moment and resumed from
+its last checkpoint goes through the same weights as one that was not.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Generator, Tensor, nn
+
+from hdc import atomic, checkpoint
+from hdc.config import TrainConfig, to_dict
+from hdc.data.clips import TrainingClips, Unreadable, training_loader
+from hdc.device import decoding_workers
+from hdc.errors import InputError
+from hdc.journal import Journal
+from hdc.optimizer import build_optimizer, set_rate
+from hdc.progress import ProgressBar, warn
+
+# (clips uint8 [V, B, T, H, W, 3], labels [B], generator) -> (loss, detached values to log)
+StepLoss = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Mapping[str, Tensor]]]
+
+# What may differ between a run and its continuation without changing what a step computes.
+FREE_ON_RESUME = {"out", "resume", "epochs", "workers", "device", "checkpoint_every", "log_every"}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a finished run leaves."""
+
+    checkpoint: Path
+    metrics: dict[str, float]
+    unreadable: list[Unreadable]
+
+
+def train(
+    kind: checkpoint.Kind,
+    config: TrainConfig,
+    model: nn.Module,
+    dataset: TrainingClips,
+    step_loss: StepLoss,
+    extra: Mapping[str, Any],
+    status: Callable[[Mapping[str, float]], str],
+) -> TrainedRun:
+    """Run `config.epochs` epochs of SGD and leave a checkpoint in `config.out`.
+
+    Args:
+        kind: stored in the checkpoint: what it can be used for.
+        config: stored in the checkpoint and in `out/config.yaml`.
+        model: already on its device.
+        dataset: its seed decides the batches.
+        step_loss: loss and values to log of one batch.
+        extra: plain values to store beside the model, such as class names.
+        status: words the logged values for the progress bar.
+
+    Raises:
+        InputError: `out` holds another run or cannot be written, nothing could be decoded, or the loss
+            is no longer finite (the last good checkpoint stays).
+    """
+    out = Path(config.out)
+    path = out / checkpoint.FILE
+    device = next(model.parameters()).device
+    optimizer = build_optimizer(model, config.optimizer)
+    step, unreadable = _restore(kind, config, path, model, optimizer)
+
+    loader = training_loader(
+        dataset,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        first_step=step,
+        workers=decoding_workers(config),
+        pin_memory=device.type == "cuda",
+    )
+    total = step + len(loader)
+    stored = to_dict(config)
+    atomic.write_text(out / "config.yaml", yaml.safe_dump(_plain(stored), sort_keys=False))
+
+    def save() -> None:
+        weights = model.state_dict()
+        if not all(torch.isfinite(value).all() for value in weights.values()):
+            raise _diverged(step, path)
+        checkpoint.save(
+            path,
+            kind,
+            {
+                "config": stored,
+                "step": step,
+                "model": weights,
+                "optimizer": optimizer.state_dict(),
+                "unreadable": [tuple(entry) for entry in unreadable.values()],
+                **extra,
+            },
+        )
+
+    generator = Generator()
+    metrics: dict[str, float] = {}
+    journal = Journal(out, step)
+    model.train()
+    with ProgressBar(kind, total, step) as bar:
+        clips_done, since = 0, time.perf_counter()
+        for batch in loader:
+            for entry in batch.unreadable:
+                if entry.path not in unreadable:
+                    warn(f"skipped {entry.path}: {entry.reason}")
+                    journal.write(step, skipped=entry.path, reason=entry.reason)
+                unreadable[entry.path] = entry
+            rate = set_rate(optimizer, config.optimizer, step)
+            if len(batch.labels) >= 2:
+                _seed_step(config.seed, step, generator)
+                clips = batch.clips.to(device, non_blocking=True)
+                labels = batch.labels.to(device, non_blocking=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss, values = step_loss(clips, labels, generator)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.optimizer.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+                optimizer.step()
+                clips_done += batch.clips.shape[0] * batch.clips.shape[1]
+                if step % config.log_every == 0 or step + 1 == total:
+                    metrics = {"loss": loss.item(), **{k: v.item() for k, v in values.items()}}
+                    if not math.isfinite(metrics["loss"]):
+                        raise _diverged(step, path)
+                    speed = clips_done / (time.perf_counter() - since)
+                    epoch = step // loader.batch_sampler.steps_per_epoch  # type: ignore[union-attr]
+                    journal.write(
+                        step, epoch=epoch, lr=rate, clips_per_second=round(speed, 1), **metrics
+                    )
+                    bar.advance(0, f"{status(metrics)}  {speed:.0f} clips/s")
+            elif step == 0 and len(unreadable) >= config.batch_size:
+                raise InputError(f"no video of the first batch can be decoded, e.g. {_first(unreadable)}")
+            step += 1
+            if step % config.checkpoint_every == 0 and step < total:
+                save()
+            bar.advance()
+        save()
+    journal.close()
+    if unreadable:
+        warn(f"{len(unreadable)} unreadable videos were left out: {', '.join(sorted(unreadable))}")
+    return TrainedRun(path, metrics, list(unreadable.values()))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed for one step of one run; neighbouring steps get unrelated streams."""
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
+
+
+def _seed_step(seed: int, step: int, generator: Generator) -> None:
+    value = step_seed(seed, step)
+    generator.manual_seed(value)  # augmentations
+    torch.manual_seed(value)  # dropout, on every device
+
+
+def _restore(
+    kind: checkpoint.Kind,
+    config: TrainConfig,
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, dict[str, Unreadable]]:
+    """The step to go on from, and the unreadable videos found before it."""
+    if not path.exists():
+        return 0, {}
+    if not config.resume:
+        raise InputError(f"{path} exists; add --resume to go on with it, or choose another --out")
+    state = checkpoint.load(path, kind)
+    ours, theirs = to_dict(config), state["config"]
+    different = [
+        key for key in ours if key not in FREE_ON_RESUME and _plain(ours[key]) != _plain(theirs.get(key))
+    ]
+    if different:
+        raise InputError(
+            f"{path} was made with another {', '.join(different)}; "
+            f"repeat its settings with --config {path.parent / 'config.yaml'}"
+        )
+    checkpoint.load_strict(model, state["model"], str(path), f"backbone {config.backbone}")
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], {entry[0]: Unreadable(*entry) for entry in state["unreadable"]}
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML would give it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _diverged(step: int, path: Path) -> InputError:
+    kept = f"; the last good checkpoint is {path}" if path.exists() else ""
+    return InputError(f"training diverged at step {step}: lower --optimizer.lr{kept}")
+
+
+def _first(unreadable: Mapping[str, Unreadable]) -> str:
+    entry = next(iter(unreadable.values()))
+    return f"{entry.path}: {entry.reason}"

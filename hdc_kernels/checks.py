@@ -1,0 +1,89 @@
+"""Argument checks shared by every loss: one line that names the argument, what came and what may come."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "torch"]
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_choice(name: str, value: object, allowed: object) -> None:
+    """`allowed` is a `Literal`; raises ValueError for anything outside it."""
+    choices = get_args(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """A positive finite number, or a floating tensor with one element.
+
+    The value of a tensor is not read: on a GPU that would make every step wait for the device.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            raise ValueError(
+                f"temperature is a {_describe(temperature)}; "
+                "as a tensor it must be floating and hold exactly one element"
+            )
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"temperature is a {type(temperature).__name__}; it must be a number or a tensor"
+        )
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+
+
+def check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str) -> None:
+    """Both tensors floating, of one shape, dtype and device. `shape` reads like "[..., B, D]"."""
+    for name, tensor in zip(names, pair, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; it must be one of "
+                + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+            )
+        dimensions = shape.count(",") + 1
+        fits = tensor.dim() >= 2 if "..." in shape else tensor.dim() == dimensions
+        if not fits:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
+    query, key = pair
+    for what in ("shape", "dtype", "device"):
+        ours, theirs = getattr(query, what), getattr(key, what)
+        if ours != theirs:
+            if what == "shape":
+                ours, theirs = _shape(query), _shape(key)
+            raise ValueError(
+                f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"
+            )
+
+
+def check_weights(name: str, weights: Sequence[float], what: str, scales: int) -> None:
+    """One finite, non-negative number for each of the `scales` entries of `what`."""
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence):
+        raise TypeError(f"{name} is a {type(weights).__name__}; it must be a sequence of numbers")
+    if len(weights) != scales:
+        raise ValueError(
+            f"{name} has {len(weights)} weights but {what} has {scales} scales; one weight per scale"
+        )
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"{name} holds a {type(weight).__name__}; its entries must be numbers")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"{name} holds {weight}; a weight must be finite and not negative")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {_shape(tensor)}"

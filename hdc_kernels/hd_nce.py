@@ -1,0 +1,210 @@
+"""HD-NCE: the paper's compound loss, Spatial and Temporal Contrast at several scales (Eq. 4 to 6)."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from hdc_kernels import reference
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_pair,
+    check_temperature,
+    check_weights,
+)
+
+Pair = tuple[Tensor, Tensor]
+
+
+class HDNCEMetrics(NamedTuple):
+    """What to log of one HD-NCE step: one detached float32 entry per scale, in the order given.
+
+    A loss is the unweighted mean over clips (and timesteps); an accuracy is the share of queries whose
+    positive is closer than every negative.
+    """
+
+    spatial_loss: Tensor
+    spatial_accuracy: Tensor
+    temporal_loss: Tensor
+    temporal_accuracy: Tensor
+
+
+@overload
+def fused_hd_nce(
+    spatial: Sequence[Pair],
+    temporal: Sequence[Pair],
+    *,
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    temperature: float | Tensor = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_hd_nce(
+    spatial: Sequence[Pair],
+    temporal: Sequence[Pair],
+    *,
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    temperature: float | Tensor = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, HDNCEMetrics]: ...
+
+
+def fused_hd_nce(
+    spatial: Sequence[Pair],
+    temporal: Sequence[Pair],
+    *,
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    temperature: float | Tensor = 0.07,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, HDNCEMetrics]:
+    """L = Σ_k α_k·L_s^k + β_k·L_t^k: the paper's Eq. 6, with L_s^k of Eq. 4 and L_t^k of Eq. 5.
+
+    Args:
+        spatial: for each scale a pair (v_o, v_s) of [B, N_k, D_k], the embeddings of the N_k timesteps
+            of two views of the same clip. May be empty.
+        temporal: for each scale a pair (v_o, v_t) of [B, D_k], the embeddings of two clips of the same
+            video. May be empty, but not both. Every pair has the same B, dtype and device.
+        alpha: the weights α_k, one per entry of `spatial`, not negative.
+        beta: the weights β_k, one per entry of `temporal`, not negative.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        reduction: "sum" is Eq. 6 to the letter, a sum over the batch; "mean" divides it by B; "none"
+            returns each clip's share, [B].
+        normalize: divide by the L2 norm first, as the paper does.
+        backend: "torch" is the plain-PyTorch specification; "auto" picks the fastest there is.
+        return_metrics: also return the losses and accuracies of every scale, from the same logits.
+
+    Returns:
+        The loss (float64 for float64 inputs, float32 for all others), with `return_metrics` a pair of
+        it and `HDNCEMetrics`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+    """
+    _check(spatial, temporal, alpha, beta)
+    check_temperature(temperature)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    spatial_logits = [
+        reference.spatial_logits(*pair, temperature, normalize=normalize) for pair in spatial
+    ]
+    temporal_logits = [
+        reference.cosine_logits(*pair, temperature, normalize=normalize) for pair in temporal
+    ]
+    spatial_terms = [reference.spatial_contrast(logits) for logits in spatial_logits]
+    temporal_terms = [reference.temporal_contrast(logits) for logits in temporal_logits]
+    loss = reference.reduce(
+        reference.hd_nce(spatial_terms, temporal_terms, alpha, beta), reduction
+    )
+    if not return_metrics:
+        return loss
+    return loss, HDNCEMetrics(
+        spatial_loss=_means(spatial_terms),
+        spatial_accuracy=_means([reference.top1(logits) for logits in spatial_logits]),
+        temporal_loss=_means(temporal_terms),
+        temporal_accuracy=_means([reference.top1(logits) for logits in temporal_logits]),
+    )
+
+
+def _means(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.empty(0)
+    return torch.stack([tensor.detach().float().mean() for tensor in tensors])
+
+
+def _check(
+    spatial: Sequence[Pair], temporal: Sequence[Pair], alpha: Sequence[float], beta: Sequence[float]
+) -> None:
+    expected = None
+    for task, pairs, shape, views in (
+        ("spatial", spatial, "[B, N, D]", ("v_o", "v_s")),
+        ("temporal", temporal, "[B, D]", ("v_o", "v_t")),
+    ):
+        if not isinstance(pairs, Sequence):
+            raise TypeError(
+                f"{task} is a {type(pairs).__name__}; it must be a sequence of pairs of tensors {shape}"
+            )
+        for scale, pair in enumerate(pairs):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"{task}[{scale}] must be a pair ({', '.join(views)}) of {shape}")
+            names = (f"{task}[{scale}] {views[0]}", f"{task}[{scale}] {views[1]}")
+            check_pair(names, (pair[0], pair[1]), shape)
+            found = (pair[0].shape[0], pair[0].dtype, pair[0].device)
+            expected = expected or found
+            if found != expected:
+                raise ValueError(
+                    f"{task}[{scale}] has batch size, dtype and device {_list(found)} but the first "
+                    f"pair has {_list(expected)}; every scale must come from the same batch"
+                )
+    if expected is None:
+        raise ValueError("spatial and temporal are both empty; give at least one pair")
+    check_weights("alpha", alpha, "spatial", len(spatial))
+    check_weights("beta", beta, "temporal", len(temporal))
+
+
+def _list(found: tuple[int, torch.dtype, torch.device]) -> str:
+    batch, dtype, device = found
+    return f"{batch}, {str(dtype).removeprefix('torch.')}, {device}"
+
+
+class HDNCE(nn.Module):
+    """`fused_hd_nce` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        alpha: Sequence[float] = (0.25, 0.5, 1.0),
+        beta: Sequence[float] = (0.25, 0.5, 1.0),
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_weights("alpha", alpha, "spatial", len(alpha))
+        check_weights("beta", beta, "temporal", len(beta))
+        check_temperature(temperature)
+        check_choice("reduction", reduction, Reduction)
+        check_choice("backend", backend, Backend)
+        self.alpha = tuple(alpha)
+        self.beta = tuple(beta)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+
+    def forward(self, spatial: Sequence[Pair], temporal: Sequence[Pair]) -> Tensor:
+        """See `fused_hd_nce`."""
+        return fused_hd_nce(
+            spatial,
+            temporal,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            normalize=self.normalize,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
+            f"reduction={self.reduction!r}, normalize={self.normalize}, backend={self.backend!r}"
+        )

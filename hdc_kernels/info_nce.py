@@ -1,0 +1,90 @@
+"""InfoNCE: pick the key that belongs to the query out of the batch (the paper's equations 1 to 3)."""
+
+from torch import Tensor, nn
+
+from hdc_kernels import reference
+from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+
+
+def fused_info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """−log( exp(sim(q_i, k_i)/τ) / Σ_j exp(sim(q_i, k_j)/τ) ) with cosine similarity.
+
+    Args:
+        query: [..., B, D], float64, float32, bfloat16 or float16. Leading dimensions are independent
+            problems: a query is compared with the B keys of its own problem only.
+        key: [..., B, D]; `key[..., i, :]` is the positive of `query[..., i, :]`, the others are its
+            negatives. Same shape, dtype and device as `query`.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        symmetric: the mean of both directions, query to key and key to query.
+        reduction: "mean" over B and the leading dimensions, their "sum" (the paper's Eq. 1), or
+            "none" for one value per query, [..., B].
+        normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
+        backend: "torch" is the plain-PyTorch specification; "auto" picks the fastest there is.
+
+    Returns:
+        A scalar, or [..., B] for "none"; float64 for float64 inputs, float32 for all others.
+        A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: `info_nce.info_nce(query, key, temperature=τ)` of info-nce-pytorch; with `symmetric=True`
+    on normalised inputs, open_clip's `ClipLoss` at `logit_scale=1/τ`.
+    """
+    check_pair(("query", "key"), (query, key), "[..., B, D]")
+    check_temperature(temperature)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    logits = reference.cosine_logits(query, key, temperature, normalize=normalize)
+    return reference.reduce(reference.info_nce(logits, symmetric=symmetric), reduction)
+
+
+class InfoNCE(nn.Module):
+    """`fused_info_nce` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        symmetric: bool = False,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_choice("reduction", reduction, Reduction)
+        check_choice("backend", backend, Backend)
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        """See `fused_info_nce`."""
+        return fused_info_nce(
+            query,
+            key,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
+            reduction=self.reduction,
+            normalize=self.normalize,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, symmetric={self.symmetric}, "
+            f"reduction={self.reduction!r}, normalize={self.normalize}, backend={self.backend!r}"
+        )
