@@ -24,16 +24,23 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        raise InputError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}"
+        ) from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write` for content that is there already."""
+
+    def fill(file: BinaryIO) -> None:
+        file.write(content)
+
+    write(path, fill)
 
 
 def write_text(path: Path, text: str) -> None:
     """`write` for UTF-8 text."""
-
-    def fill(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write(path, fill)
+    write_bytes(path, text.encode())
 
 
 def check_folder(folder: Path) -> None:

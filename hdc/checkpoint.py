@@ -52,7 +52,9 @@ def load(path: Path, *kinds: Kind) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise InputError(f"{path} has format {state['format']}; this version reads {FORMAT}")
     if state["kind"] not in kinds:
-        raise InputError(f"{path} is a {state['kind']} checkpoint; a {' or '.join(kinds)} one is needed")
+        raise InputError(
+            f"{path} is a {state['kind']} checkpoint; a {' or '.join(kinds)} one is needed"
+        )
     return state
 
 

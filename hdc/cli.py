@@ -9,9 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 from rich.table import Table
 
 from hdc import atomic
@@ -103,10 +103,14 @@ COMMANDS = {
         "hdc-train finetune --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
     "test": Command(
-        TestConfig, run_test, "hdc-train test --data ucf101 --checkpoint runs/finetune/checkpoint.pt"
+        TestConfig,
+        run_test,
+        "hdc-train test --data ucf101 --checkpoint runs/finetune/checkpoint.pt",
     ),
     "probe": Command(
-        ProbeConfig, run_probe, "hdc-train probe --data ucf101 --checkpoint runs/pretrain/checkpoint.pt"
+        ProbeConfig,
+        run_probe,
+        "hdc-train probe --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
     "retrieve": Command(
         RetrieveConfig,
@@ -249,3 +253,8 @@ def _show_run(run: TrainedRun, next_command: str) -> None:
 
 def _show_written(out: str, name: str) -> None:
     console.print(f"wrote {Path(out) / name}", highlight=False)
+
+
+def run() -> NoReturn:
+    """The entry point `hdc-train`."""
+    sys.exit(main())

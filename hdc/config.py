@@ -52,13 +52,19 @@ class ObjectiveConfig:
                     f"{len(scales)} scales; give one weight per scale"
                 )
             if any(not weight >= 0 for weight in weights):
-                raise InputError(f"objective.{names[1]} is {list(weights)}; no weight may be negative")
+                raise InputError(
+                    f"objective.{names[1]} is {list(weights)}; no weight may be negative"
+                )
         if not self.spatial_scales and not self.temporal_scales:
-            raise InputError("objective.spatial_scales and objective.temporal_scales are both empty")
+            raise InputError(
+                "objective.spatial_scales and objective.temporal_scales are both empty"
+            )
         if not self.temperature > 0:
             raise InputError(f"objective.temperature is {self.temperature}; it must be positive")
         if self.projection_dim < 1:
-            raise InputError(f"objective.projection_dim is {self.projection_dim}; it must be at least 1")
+            raise InputError(
+                f"objective.projection_dim is {self.projection_dim}; it must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

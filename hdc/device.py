@@ -30,4 +30,7 @@ def decoding_workers(config: CommandConfig) -> int:
         return config.workers
     if pick_device(config.device).type == "cpu":
         return 0
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(
+        16,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )

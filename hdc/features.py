@@ -16,9 +16,9 @@ from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import ClipConfig, Unreadable, loop
 from hdc.data.manifest import Manifest, Part
 from hdc.data.video import Frames, VideoError, read_all
+from hdc.device import decoding_workers, pick_device
 from hdc.errors import InputError
 from hdc.progress import ProgressBar, warn
-from hdc.device import decoding_workers, pick_device
 from hdc.views import center_square, to_unit_range
 
 CLIPS_AT_ONCE = 32  # through the encoder; short videos share a batch
@@ -63,7 +63,11 @@ def clip_starts(frames: int, clip_frames: int, clips: int) -> list[int]:
 
 def cut(frames: Frames, start: int, clip_frames: int) -> Frames:
     """`clip_frames` frames from `start`; where the video ends before, it starts over."""
-    return loop(frames[start:], clip_frames) if len(frames) - start < clip_frames else frames[start : start + clip_frames]
+    return (
+        loop(frames[start:], clip_frames)
+        if len(frames) - start < clip_frames
+        else frames[start : start + clip_frames]
+    )
 
 
 class WholeVideos(Dataset[Frames | Unreadable]):
@@ -102,7 +106,9 @@ def readable_videos(
                 yield row, np.asarray(video)
             bar.advance()
     if len(unreadable) == len(dataset):
-        raise InputError(f"no video can be decoded, e.g. {unreadable[0].path}: {unreadable[0].reason}")
+        raise InputError(
+            f"no video can be decoded, e.g. {unreadable[0].path}: {unreadable[0].reason}"
+        )
 
 
 @torch.inference_mode()

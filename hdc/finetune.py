@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 

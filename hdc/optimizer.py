@@ -34,14 +34,19 @@ class OptimizerConfig:
             raise InputError(f"optimizer.momentum is {self.momentum}; it must be in [0, 1)")
         for name in ("decay", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+                raise InputError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must not be negative"
+                )
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or null")
+            raise InputError(
+                f"optimizer.clip_norm is {self.clip_norm}; it must be positive, or null"
+            )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
     """SGD over two groups: decayed weights, and biases and norms without decay."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_weight = name == "weight" and isinstance(module, (nn.Conv3d, nn.Linear))

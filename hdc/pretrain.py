@@ -10,8 +10,8 @@ from hdc.backbones import build_backbone
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips
 from hdc.data.manifest import Manifest
-from hdc.model import HDC
 from hdc.device import pick_device
+from hdc.model import HDC
 from hdc.training import TrainedRun, train
 from hdc.views import augment
 from hdc_kernels import fused_hd_nce
@@ -54,7 +54,12 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
         values: dict[str, Tensor] = {}
         for task, scales, losses, accuracies in (
             ("spatial", objective.spatial_scales, metrics.spatial_loss, metrics.spatial_accuracy),
-            ("temporal", objective.temporal_scales, metrics.temporal_loss, metrics.temporal_accuracy),
+            (
+                "temporal",
+                objective.temporal_scales,
+                metrics.temporal_loss,
+                metrics.temporal_accuracy,
+            ),
         ):
             for k, task_loss, accuracy in zip(scales, losses, accuracies, strict=True):
                 values[f"{task}{k}_loss"] = task_loss
@@ -78,7 +83,9 @@ def make_views(
         view_s = augment(clips[0], config.augment, generator)
     if objective.temporal_scales:
         plain = config.augment.spatial_only_center()
-        view_t = augment(clips[1], config.augment if objective.augment_temporal else plain, generator)
+        view_t = augment(
+            clips[1], config.augment if objective.augment_temporal else plain, generator
+        )
     return view_o, view_s, view_t
 
 

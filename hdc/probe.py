@@ -61,7 +61,10 @@ def score(
     if unseen:
         raise InputError(f"{manifest.source}: class {names[min(unseen)]} has no training videos")
     mean, deviation = train.vectors.mean(0), train.vectors.std(0).clamp_min(1e-6)
-    inputs = {"train": (train.vectors - mean) / deviation, "test": (test.vectors - mean) / deviation}
+    inputs = {
+        "train": (train.vectors - mean) / deviation,
+        "test": (test.vectors - mean) / deviation,
+    }
     weight, bias = fit_linear(inputs["train"], train_ids, len(names), l2)
     accuracy = {
         part: ((inputs[part].double() @ weight + bias).argmax(1) == ids).double().mean().item()

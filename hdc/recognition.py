@@ -83,7 +83,9 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return model(to_unit_range(crops.to(device))).float().softmax(1).cpu()
 
-    predictions, clip_hits, unreadable = [], [], []
+    predictions: list[tuple[int, int]] = []  # row, class
+    clip_hits: list[Tensor] = []
+    unreadable: list[Unreadable] = []
     for row, video in readable_videos(videos, config, "test", unreadable):
         clips = non_overlapping(video, config.clips.frames)
         crops = np.stack([five_crops(c, config.crop_size, corners=config.corners) for c in clips])

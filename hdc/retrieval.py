@@ -58,7 +58,9 @@ def score(
     query_ids, gallery_ids = (
         torch.from_numpy(part.manifest.labels(label, names).ids) for part in (queries, gallery)
     )
-    return RetrievalResult(hit_rates(neighbors, query_ids, gallery_ids), neighbors, queries, gallery)
+    return RetrievalResult(
+        hit_rates(neighbors, query_ids, gallery_ids), neighbors, queries, gallery
+    )
 
 
 def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:

@@ -118,7 +118,9 @@ def train(
                 _seed_step(config.seed, step, generator)
                 clips = batch.clips.to(device, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=config.precision == "bf16"
+                ):
                     loss, values = step_loss(clips, labels, generator)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -137,7 +139,9 @@ def train(
                     )
                     bar.advance(0, f"{status(metrics)}  {speed:.0f} clips/s")
             elif step == 0 and len(unreadable) >= config.batch_size:
-                raise InputError(f"no video of the first batch can be decoded, e.g. {_first(unreadable)}")
+                raise InputError(
+                    f"no video of the first batch can be decoded, e.g. {_first(unreadable)}"
+                )
             step += 1
             if step % config.checkpoint_every == 0 and step < total:
                 save()
@@ -176,7 +180,9 @@ def _restore(
     state = checkpoint.load(path, kind)
     ours, theirs = to_dict(config), state["config"]
     different = [
-        key for key in ours if key not in FREE_ON_RESUME and _plain(ours[key]) != _plain(theirs.get(key))
+        key
+        for key in ours
+        if key not in FREE_ON_RESUME and _plain(ours[key]) != _plain(theirs.get(key))
     ]
     if different:
         raise InputError(

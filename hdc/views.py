@@ -62,7 +62,9 @@ class AugmentConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and {most}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be between 0 and {most}"
+                )
 
     def spatial_only_center(self) -> "AugmentConfig":
         """The same crop size with every transformation off: a plain centre crop."""
@@ -140,7 +142,7 @@ def draw_boxes(
 
 
 def sample_boxes(clips: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop, mirror and resize, bilinear: uint8 [B, T, H, W, 3] -> float32 [B, 3, T, size, size] in [0, 255]."""
+    """Crop, mirror and resize, bilinear: uint8 [B, T, H, W, 3] -> float32 [B, 3, T, size, size]."""
     batch, frames, height, width, _ = clips.shape
     left, top, box_width, box_height = boxes.unbind(1)
     # theta maps output coordinates in [−1, 1] to input coordinates in [−1, 1], pixel edges at ±1.
@@ -156,9 +158,7 @@ def sample_boxes(clips: Tensor, boxes: Tensor, size: int) -> Tensor:
     return sampled.view(batch, 3, frames, size, size)
 
 
-def _draw_colors(
-    batch: int, config: AugmentConfig, generator: Generator
-) -> tuple[Tensor, Tensor]:
+def _draw_colors(batch: int, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
     """Per clip a 3×3 matrix on (R, G, B) and the contrast factor: [B, 3, 3], [B]."""
     luma = torch.tensor(LUMA)
     identity = torch.eye(3).expand(batch, 3, 3)
@@ -193,7 +193,7 @@ def _rotate_hue(turns: Tensor) -> Tensor:
 
 
 def _recolor(views: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
-    """Apply the colour matrix and the contrast (about the clip's mean grey), and go from [0, 255] to [−1, 1]."""
+    """Apply the colour matrix, then the contrast about the clip's mean grey; [0, 255] -> [−1, 1]."""
     pixels = views.flatten(2)
     matrix, contrast = matrix.to(views.device), contrast.to(views.device).view(-1, 1, 1)
     # The mean grey of the recoloured clip is the recoloured mean, read through LUMA.

@@ -1,4 +1,4 @@
-"""Fused contrastive losses for PyTorch: cosine similarity, temperature, softmax and mean as one operation."""
+"""Fused contrastive losses for PyTorch: cosine, temperature, softmax and mean as one operation."""
 
 from hdc_kernels import reference
 from hdc_kernels.hd_nce import HDNCE, HDNCEMetrics, fused_hd_nce

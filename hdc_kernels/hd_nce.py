@@ -110,9 +110,7 @@ def fused_hd_nce(
     ]
     spatial_terms = [reference.spatial_contrast(logits) for logits in spatial_logits]
     temporal_terms = [reference.temporal_contrast(logits) for logits in temporal_logits]
-    loss = reference.reduce(
-        reference.hd_nce(spatial_terms, temporal_terms, alpha, beta), reduction
-    )
+    loss = reference.reduce(reference.hd_nce(spatial_terms, temporal_terms, alpha, beta), reduction)
     if not return_metrics:
         return loss
     return loss, HDNCEMetrics(

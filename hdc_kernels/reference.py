@@ -94,7 +94,7 @@ def hd_nce(
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """"none", "sum" or "mean" over every element."""
+    """ "none", "sum" or "mean" over every element."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.mean()

@@ -22,9 +22,7 @@ _BUILDERS: dict[str, Callable[[NormLayer], Backbone]] = {
 }
 
 
-def build_backbone(
-    name: str, *, norm_eps: float = 1e-5, norm_affine: bool = True
-) -> Backbone:
+def build_backbone(name: str, *, norm_eps: float = 1e-5, norm_affine: bool = True) -> Backbone:
     """A freshly initialised encoder.
 
     Raises:

@@ -21,20 +21,13 @@ class C3D(Backbone):
     [512, T/8, H/16, W/16].
     """
 
-    channels = {3: 256, 4: 512, 5: 512}
-
     def __init__(self, norm: NormLayer | None = None) -> None:
         super().__init__()
         norm = norm or instance_norm()
+        self.channels = {3: 256, 4: 512, 5: 512}
         self.block1 = nn.Sequential(*_conv(3, 64, norm))
         self.block2 = nn.Sequential(nn.MaxPool3d((1, 2, 2)), *_conv(64, 128, norm))
-        self.block3 = nn.Sequential(
-            nn.MaxPool3d(2), *_conv(128, 256, norm), *_conv(256, 256, norm)
-        )
-        self.block4 = nn.Sequential(
-            nn.MaxPool3d(2), *_conv(256, 512, norm), *_conv(512, 512, norm)
-        )
-        self.block5 = nn.Sequential(
-            nn.MaxPool3d(2), *_conv(512, 512, norm), *_conv(512, 512, norm)
-        )
+        self.block3 = nn.Sequential(nn.MaxPool3d(2), *_conv(128, 256, norm), *_conv(256, 256, norm))
+        self.block4 = nn.Sequential(nn.MaxPool3d(2), *_conv(256, 512, norm), *_conv(512, 512, norm))
+        self.block5 = nn.Sequential(nn.MaxPool3d(2), *_conv(512, 512, norm), *_conv(512, 512, norm))
         self.initialize()

@@ -18,9 +18,7 @@ def _factored_conv(
     t, d = kernel[0], kernel[1]
     width = (t * d * d * in_channels * out_channels) // (d * d * in_channels + t * out_channels)
     return [
-        nn.Conv3d(
-            in_channels, width, (1, d, d), (1, *stride[1:]), (0, d // 2, d // 2), bias=False
-        ),
+        nn.Conv3d(in_channels, width, (1, d, d), (1, *stride[1:]), (0, d // 2, d // 2), bias=False),
         norm(width),
         nn.ReLU(inplace=True),
         nn.Conv3d(width, out_channels, (t, 1, 1), (stride[0], 1, 1), (t // 2, 0, 0), bias=False),
@@ -55,11 +53,10 @@ class R2Plus1D10(Backbone):
     """Blocks 3, 4, 5 of a clip [3, T, H, W]: [128, T/2, H/4, W/4], [256, T/4, H/8, W/8],
     [512, T/8, H/16, W/16]."""
 
-    channels = {3: 128, 4: 256, 5: 512}
-
     def __init__(self, norm: NormLayer | None = None) -> None:
         super().__init__()
         norm = norm or instance_norm()
+        self.channels = {3: 128, 4: 256, 5: 512}
         self.block1 = nn.Sequential(
             *_factored_conv(3, 64, (3, 7, 7), (1, 2, 2), norm), norm(64), nn.ReLU(inplace=True)
         )

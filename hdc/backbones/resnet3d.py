@@ -75,7 +75,6 @@ class ResNet3D(Backbone):
         return nn.Sequential(first, *rest)
 
 
-
 def resnet3d_18(norm: NormLayer | None = None) -> ResNet3D:
     """The paper's 3D-ResNet18, laid out as in kenshohara's 3D-ResNets-PyTorch."""
     return ResNet3D(

@@ -167,7 +167,7 @@ def training_loader(
     first_step: int,
     workers: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
+) -> DataLoader[tuple[Tensor, int] | Unreadable]:
     """Batches from `first_step` to the last step of the last epoch, in an order fixed by the dataset's seed."""
     if batch_size > len(dataset):
         raise InputError(
@@ -181,4 +181,3 @@ def training_loader(
         num_workers=workers,
         pin_memory=pin_memory,
     )
-

@@ -18,7 +18,13 @@ from hdc.atomic import write_text
 from hdc.data.manifest import Manifest
 from hdc.data.ucf101 import LISTS, VIDEOS, index_ucf101
 
-MOTIONS = ("Down", "Side", "Spin", "Static", "Up")  # left and right are one class: a flip swaps them
+MOTIONS = (
+    "Down",
+    "Side",
+    "Spin",
+    "Static",
+    "Up",
+)  # left and right are one class: a flip swaps them
 TEXTURES = ("checker", "dash", "dots", "grid", "holes", "rings")
 TAKES, TAKE_FRAMES, SIZE, FPS = 6, 16, 48, 25
 
@@ -66,7 +72,9 @@ def make_dataset(
     _write_lists(root, lists)
     manifest = index_ucf101(root)
     manifest.write()
-    path, start, motion_column, texture_column, part_column = (np.array(c) for c in zip(*rows, strict=True))
+    path, start, motion_column, texture_column, part_column = (
+        np.array(c) for c in zip(*rows, strict=True)
+    )
     takes = Manifest(
         root / "takes.csv",
         path,

@@ -21,7 +21,9 @@ from hdc.errors import InputError
 VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"
 
 
-def index_ucf101(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+def index_ucf101(
+    root: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Manifest:
     """Build the manifest of `root` (its `source` is ROOT/manifest.csv, not yet written).
 
     Args:
@@ -38,7 +40,9 @@ def index_ucf101(root: Path, progress: Callable[[int, int], None] = lambda done,
                 f"{root} is not laid out like UCF101: it has no folder {folder.name} "
                 "(give a manifest file, or a folder with UCF-101 and ucfTrainTestlist in it)"
             )
-    folders = {folder.name.casefold(): folder for folder in (root / VIDEOS).iterdir() if folder.is_dir()}
+    folders = {
+        folder.name.casefold(): folder for folder in (root / VIDEOS).iterdir() if folder.is_dir()
+    }
     classes = _classes(root / LISTS / "classInd.txt", folders)
 
     parts: dict[str, dict[Path, str]] = {}
@@ -103,7 +107,11 @@ def _folder(name: str, folders: dict[str, Path], file: Path) -> Path:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [
+            line.strip()
+            for line in file.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {file}: {reason.lower()}") from error

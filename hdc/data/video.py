@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -142,7 +143,7 @@ def _decode_from_keyframe(
 
 
 def _decode(
-    packet: av.Packet, container: InputContainer, stream: VideoStream
+    packet: Packet[VideoStream], container: InputContainer, stream: VideoStream
 ) -> Iterator[VideoFrame]:
     """The frames of `packet` and of all that follow it (the last packet flushes the decoder)."""
     yield from stream.decode(packet)

@@ -1,0 +1,285 @@
+"""The whole method on toy videos: make them, pretrain, retrieve, probe, finetune, test, and compare.
+
+The videos are real files in UCF101's layout and go through the code that UCF101 goes through; only the
+encoder and the frames are small. See `hdc.data.synthetic` for what the videos show.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from hdc import atomic, probe, retrieval
+from hdc.config import (
+    CommandConfig,
+    FeatureConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TestConfig,
+)
+from hdc.data.clips import ClipConfig
+from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.synthetic import TAKE_FRAMES, make_dataset
+from hdc.errors import InputError
+from hdc.features import extract, load_encoder
+from hdc.finetune import finetune
+from hdc.optimizer import OptimizerConfig
+from hdc.presets import PRESETS
+from hdc.pretrain import pretrain
+from hdc.progress import console
+from hdc.recognition import TestResult, test
+from hdc.retrieval import RetrievalResult
+from hdc.retrieval_figure import Column, draw_retrievals
+from hdc.views import AugmentConfig
+
+LABELS = ("appearance", "motion", "both")
+RANDOM = "random init"
+# Each model's preset; the order is that of the table and the figure.
+MODELS = {
+    "SC": "table1-sc5",
+    "TC": "table1-tc5",
+    "SC+TC": "table1-sc5-tc5",
+    "HDC": "table1-hdc",
+}
+FRAME, CROP = 32, 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Every command on generated videos.
+
+    Attributes:
+        out: folder for the videos, the runs, the table and the figure; a second call goes on from there.
+        seed: decides the videos and the training.
+        compare: also pretrain SC, TC and SC+TC: the paper's decoupling side by side (takes three times
+            as long).
+        fixed_appearance: keep a video's appearance over its takes, a shortcut for Temporal Contrast.
+        train_videos: number of training videos, a multiple of five.
+        test_videos: number of test videos, a multiple of five.
+        epochs: passes over the training videos in pretraining.
+        finetune_epochs: passes over them in finetuning.
+    """
+
+    out: str = "runs/demo"
+    seed: int = 0
+    compare: bool = False
+    fixed_appearance: bool = False
+    train_videos: int = 200
+    test_videos: int = 100
+    epochs: int = 70
+    finetune_epochs: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("train_videos", 35), ("test_videos", 5)):
+            if getattr(self, name) < least or getattr(self, name) % 5:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be a multiple of 5, at least {least}"
+                )
+        for name in ("epochs", "finetune_epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model reached on the test videos: percentages, by label where there are several."""
+
+    nearest: dict[str, float]
+    probe: dict[str, float]
+    finetuned: TestResult | None
+    retrieval: RetrievalResult
+
+
+def demo(config: DemoConfig) -> dict[str, ModelResult]:
+    """Run the demo; prints a table and writes it, and a figure, into `config.out`."""
+    began = time.monotonic()
+    out = Path(config.out)
+    videos, takes = _dataset(config)
+    names = list(MODELS) if config.compare else ["HDC"]
+
+    checkpoints: dict[str, str | None] = {RANDOM: None}
+    for name in names:
+        console.rule(f"pretrain {name}", align="left", style="dim")
+        checkpoints[name] = _pretrain(config, videos, name)
+
+    console.rule("evaluate", align="left", style="dim")
+    results = {
+        name: _evaluate(config, videos, takes, name, path, finetuned=name in (RANDOM, "HDC"))
+        for name, path in checkpoints.items()
+    }
+    figure = out / "retrieval.png"
+    columns = [Column(name, result.retrieval) for name, result in results.items()]
+    draw_retrievals(figure, columns, labels=("motion", "appearance"), seed=config.seed)
+    _write_results(out / "results.json", config, results)
+    _show(results, time.monotonic() - began)
+    for what, path in (
+        ("nearest neighbours", figure),
+        ("these numbers", out / "results.json"),
+        ("videos", out / "data"),
+        ("runs with logs", out),
+    ):
+        console.print(f"{what + ':':<20}{path}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
+    """The videos, made once: a second call with the same settings finds them."""
+    root = Path(config.out) / "data"
+    recipe = {
+        "train": config.train_videos,
+        "test": config.test_videos,
+        "seed": config.seed,
+        "fixed_appearance": int(config.fixed_appearance),
+    }
+    stamp = root / "recipe.json"
+    if stamp.exists():
+        if json.loads(stamp.read_text()) != recipe:
+            raise InputError(f"{root} holds videos made with other settings; choose another --out")
+        return read_manifest(root / "manifest.csv"), read_manifest(root / "takes.csv")
+    with console.status(f"making {config.train_videos + config.test_videos} videos"):
+        manifests = make_dataset(
+            root,
+            train=config.train_videos,
+            test=config.test_videos,
+            seed=config.seed,
+            fixed_appearance=config.fixed_appearance,
+        )
+    atomic.write_text(stamp, json.dumps(recipe) + "\n")  # last: it says that the rest is complete
+    return manifests
+
+
+def _common(config: DemoConfig, manifest: Manifest, folder: str) -> CommandConfig:
+    return CommandConfig(
+        data=str(manifest.source),
+        out=str(Path(config.out) / folder),
+        backbone="tiny",
+        clips=ClipConfig(size=FRAME, start_every=TAKE_FRAMES),
+        device="cpu",
+        seed=config.seed,
+    )
+
+
+def _pretrain(config: DemoConfig, videos: Manifest, name: str) -> str:
+    preset = PRESETS[MODELS[name]]
+    settings = PretrainConfig(
+        **vars(_common(config, videos, f"pretrain-{name}")),
+        epochs=config.epochs,
+        batch_size=32,
+        objective=preset.objective,
+        augment=replace(preset.augment, crop_size=CROP),
+        resume=True,
+    )
+    return str(pretrain(settings, videos).checkpoint)
+
+
+def _evaluate(
+    config: DemoConfig,
+    videos: Manifest,
+    takes: Manifest,
+    name: str,
+    path: str | None,
+    *,
+    finetuned: bool,
+) -> ModelResult:
+    """Retrieval and probe on takes, by every label; finetuning and its test on videos, by motion."""
+    settings = FeatureConfig(
+        **vars(_common(config, takes, f"evaluate-{name}")),
+        checkpoint=path,
+        crop_size=CROP,
+        pooling="average",
+    )
+    backbone = load_encoder(settings, path)
+    gallery, queries = (extract(settings, backbone, takes, part) for part in ("train", "test"))
+    retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in LABELS}
+    probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in LABELS}
+    return ModelResult(
+        nearest={label: 100 * result.accuracy[1] for label, result in retrievals.items()},
+        probe={label: 100 * result.test_accuracy for label, result in probes.items()},
+        finetuned=_finetune_and_test(config, videos, name, path) if finetuned else None,
+        retrieval=retrievals["both"],
+    )
+
+
+def _finetune_and_test(
+    config: DemoConfig, videos: Manifest, name: str, path: str | None
+) -> TestResult:
+    trained = finetune(
+        FinetuneConfig(
+            **vars(_common(config, videos, f"finetune-{name}")),
+            checkpoint=path,
+            epochs=config.finetune_epochs,
+            batch_size=32,
+            augment=replace(
+                AugmentConfig(color_jitter=False, channel_replication=False), crop_size=CROP
+            ),
+            optimizer=OptimizerConfig(lr=0.01),
+            resume=True,
+        ),
+        videos,
+    )
+    return test(
+        TestConfig(
+            **vars(_common(config, videos, f"finetune-{name}")),
+            checkpoint=str(trained.checkpoint),
+            crop_size=CROP,
+        ),
+        videos,
+    )
+
+
+def _write_results(path: Path, config: DemoConfig, results: dict[str, ModelResult]) -> None:
+    summary = {
+        "config": vars(config),
+        "models": {
+            name: {
+                "nearest": result.nearest,
+                "probe": result.probe,
+                **(
+                    {
+                        "finetuned_video": 100 * result.finetuned.video_accuracy,
+                        "finetuned_clip": 100 * result.finetuned.clip_accuracy,
+                    }
+                    if result.finetuned
+                    else {}
+                ),
+            }
+            for name, result in results.items()
+        },
+    }
+    atomic.write_text(path, json.dumps(summary, indent=1) + "\n")
+
+
+def _show(results: dict[str, ModelResult], seconds: float) -> None:
+    """The table: one row per model, the best of each column in bold."""
+    table = Table(title="top-1 accuracy on the test videos, %", title_justify="left")
+    table.add_column("")
+    for group in ("nearest", "probe"):
+        for label in LABELS:
+            table.add_column(f"{group}\n{label}", justify="right")
+    table.add_column("finetuned\nmotion", justify="right")
+    rows = {
+        name: [
+            *(result.nearest[label] for label in LABELS),
+            *(result.probe[label] for label in LABELS),
+            100 * result.finetuned.video_accuracy if result.finetuned else None,
+        ]
+        for name, result in results.items()
+    }
+    best = [max(v for v in column if v is not None) for column in zip(*rows.values(), strict=True)]
+    for name, values in rows.items():
+        cells = []
+        for value, top in zip(values, best, strict=True):
+            text = "–" if value is None else f"{value:.1f}"
+            cells.append(f"[bold]{text}[/bold]" if value == top else text)
+        table.add_row(name, *cells)
+    chance = [100 / 6, 100 / 5, 100 / 30]
+    table.add_section()
+    table.add_row("chance", *(f"{value:.1f}" for value in [*chance, *chance, 20.0]), style="dim")
+    console.print(table)
+    console.print(
+        f"{seconds:.0f} seconds. nearest: cosine nearest neighbour; probe: linear classifier."
+    )
