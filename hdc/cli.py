@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.table import Table
 
 from hdc import atomic
@@ -182,7 +182,7 @@ def parse(name: str, command: Command, options: list[str]) -> Any:
         default_env=False,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file of options (a run writes its own)"
+        "--config", action="config", help="YAML file of options (a run writes its own)"
     )
     fields = dataclasses.fields(command.config)
     switches = [f.name for f in fields if f.default is False]
@@ -228,7 +228,8 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text)
-    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", text)
 
 
 def open_data(config: CommandConfig) -> Manifest:
@@ -258,3 +259,7 @@ def _show_written(out: str, name: str) -> None:
 def run() -> NoReturn:
     """The entry point `hdc-train`."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

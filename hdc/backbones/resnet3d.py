@@ -88,9 +88,9 @@ def resnet3d_18(norm: NormLayer | None = None) -> ResNet3D:
 
 
 def tiny(norm: NormLayer | None = None) -> ResNet3D:
-    """A 3D-ResNet of 16 to 64 channels for frames of about 28 pixels: minutes on two CPU cores."""
+    """A 3D-ResNet of 16 to 128 channels for frames of about 28 pixels: minutes on two CPU cores."""
     return ResNet3D(
-        (16, 16, 32, 32, 64),
+        (16, 16, 32, 64, 128),
         depth=1,
         stem_kernel=3,
         stem_stride=(2, 2, 2),

@@ -143,7 +143,7 @@ def _decode_from_keyframe(
 
 
 def _decode(
-    packet: Packet[VideoStream], container: InputContainer, stream: VideoStream
+    packet: "Packet[VideoStream]", container: InputContainer, stream: VideoStream
 ) -> Iterator[VideoFrame]:
     """The frames of `packet` and of all that follow it (the last packet flushes the decoder)."""
     yield from stream.decode(packet)

@@ -1,0 +1,178 @@
+"""`hdc-train` as a user meets it: help, results, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hdc.cli import COMMANDS, main
+from hdc.data.synthetic import make_dataset
+
+TINY = ["--backbone=tiny", "--clips.size=32", "--device=cpu"]
+TRAIN = [*TINY, "--augment.crop_size=28", "--batch_size=5", "--epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("videos")
+    make_dataset(root, train=10, test=5, seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained")
+    assert main(["pretrain", f"--data={videos}", f"--out={out}", *TRAIN]) == 0
+    return out / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def finetuned(videos: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finetuned")
+    options = [f"--data={videos}", f"--out={out}", f"--checkpoint={pretrained}"]
+    assert main(["finetune", *options, *TRAIN]) == 0
+    return out / "checkpoint.pt"
+
+
+def test_alone_says_what_it_can_do_and_where_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert "hdc-train demo" in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example: hdc-train {name}" in shown
+    for field in COMMANDS[name].config.__dataclass_fields__:
+        assert f"--{field}" in shown
+
+
+def test_evaluation_commands_write_their_numbers(
+    videos: Path, pretrained: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    data = f"--data={videos}"
+    crop = "--crop_size=28"
+    weights = f"--checkpoint={pretrained}"
+    assert main(["retrieve", data, weights, f"--out={tmp_path}", crop, *TINY]) == 0
+    assert main(["probe", data, weights, f"--out={tmp_path}", crop, *TINY]) == 0
+    test = ["test", data, f"--checkpoint={finetuned}", f"--out={tmp_path}", crop, *TINY]
+    assert main(test) == 0
+    found = json.loads((tmp_path / "retrieval.json").read_text())
+    assert (found["queries"], found["gallery"], found["unreadable"]) == (5, 10, [])
+    assert found["accuracy"]["top10"] == 1.0  # ten training videos, two of each class
+    assert 0 <= json.loads((tmp_path / "probe.json").read_text())["test_accuracy"] <= 1
+    tested = json.loads((tmp_path / "test.json").read_text())
+    assert (tested["videos"], tested["clips"]) == (5, 30)
+    right = [entry["class"] == entry["predicted"] for entry in tested["predictions"]]
+    assert tested["video_accuracy"] == sum(right) / 5
+
+
+def test_values_come_from_preset_then_file_then_options(videos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump({"seed": 7, "objective": {"temperature": 0.2}, "epochs": 1}))
+    options = ["--preset=table1-sc5", f"--config={file}", "--objective.temperature=0.3"]
+    out = tmp_path / "run"
+    assert main(["pretrain", f"--data={videos}", f"--out={out}", *options, *TRAIN]) == 0
+    config = torch.load(out / "checkpoint.pt", weights_only=True)["config"]
+    assert config["objective"]["spatial_scales"] == (5,)
+    assert config["seed"] == 7
+    assert config["objective"]["temperature"] == 0.3
+    # What the run wrote brings it back: the same command with its config finds nothing left to do.
+    assert main(["pretrain", f"--config={out / 'config.yaml'}", "--resume"]) == 0
+
+
+def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    make_dataset(root, train=10, test=5, seed=0)
+    expected = (root / "manifest.csv").read_text()
+    (root / "manifest.csv").unlink()
+    assert main(["pretrain", f"--data={root}", f"--out={tmp_path / 'run'}", *TRAIN]) == 0
+    assert (root / "manifest.csv").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "'pretrian' is no command; there are demo, pretrain"),
+        (["pretrain"], "the following arguments are required: data"),
+        (["pretrain", "--data=DATA", "--nope=3"], "unrecognized arguments: --nope=3"),
+        (["pretrain", "--data=DATA", "--epochs=many"], "epochs: expected int, got many"),
+        (["pretrain", "--data=DATA", "--epochs=0"], "epochs is 0; it must be at least 1"),
+        (["pretrain", "--data=DATA", "--batch_size=1"], "needs at least 2 videos"),
+        (["pretrain", "--data=DATA", "--backbone=vgg"], "backbone: expected one of 'c3d'"),
+        (["pretrain", "--data=DATA", "--preset=x"], "invalid choice: 'x' (choose from 'table1-sc5'"),
+        (["pretrain", "--data=DATA", "--config=nope.yaml"], "nope.yaml"),
+        (["pretrain", "--data=DATA", "--objective.temperature=0"], "objective.temperature is 0"),
+        (["pretrain", "--data=DATA", "--objective.alpha=[1]"], "objective.alpha has 1 weights"),
+        (["pretrain", "--data=DATA", "--objective.spatial_scales=[2]"], "3, 4 and 5 at most once"),
+        (["pretrain", "--data=DATA", "--optimizer.lr=-1"], "optimizer.lr is -1"),
+        (["pretrain", "--data=DATA", "--augment.hue=2"], "hue is 2"),
+        (["pretrain", "--data=DATA", "--device=warp"], "device is 'warp'"),
+        (["pretrain", "--data=DATA", *TINY, "--augment.crop_size=64"], "crop_size is 64"),
+        (["pretrain", "--data=DATA", *TINY, "--batch_size=64"], "only 10 training videos"),
+        (["pretrain", "--data=DATA", *TRAIN, "--clips.frames=200"], "shorter than a clip of 200"),
+        (["pretrain", "--data=DATA", *TRAIN, "--split=2"], "no column split2; it has split1"),
+        (["pretrain", "--data=missing.csv", *TRAIN], "cannot read the manifest missing.csv"),
+        (["pretrain", "--data=EMPTY", *TRAIN], "has no folder UCF-101"),
+        (["pretrain", "--data=DATA", *TRAIN, "--out=FILE/run"], "cannot write"),
+        (["finetune", "--data=DATA", *TRAIN, "--label=action"], "no column 'action'"),
+        (["finetune", "--data=DATA", *TRAIN, "--checkpoint=FILE"], "not a readable checkpoint"),
+        (["finetune", "--data=DATA", *TRAIN, "--checkpoint=nope.pt"], "there is no checkpoint"),
+        (
+            ["retrieve", "--data=DATA", "--checkpoint=PRETRAINED", "--backbone=c3d"],
+            "(backbone tiny) do not fit backbone c3d: ",
+        ),
+        (["test", "--data=DATA", "--checkpoint=PRETRAINED", *TINY], "a finetune one is needed"),
+        (["demo", "--train_videos=7"], "train_videos is 7; it must be a multiple of 5"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    videos: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the default folders go
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("not a checkpoint")
+    places = {
+        "DATA": videos,
+        "EMPTY": tmp_path / "empty",
+        "FILE": tmp_path / "file",
+        "PRETRAINED": pretrained,
+    }
+    for word, place in places.items():
+        arguments = [argument.replace(word, str(place)) for argument in arguments]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("hdc-train: ")
+    assert message in error
+
+
+def test_missing_video_is_named_before_training(videos: Path, tmp_path: Path) -> None:
+    """In a process of its own: exit code, one line, no traceback."""
+    text = (videos / "manifest.csv").read_text().replace("UCF-101", str(videos / "UCF-101"))
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(text.replace("v_Up_g01_c01", "v_Up_g99_c01"))
+    command = [sys.executable, "-m", "hdc.cli", "pretrain", f"--data={manifest}"]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'run'}", *TRAIN], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "names 1 missing video: " in done.stderr
+    assert "v_Up_g99_c01.avi" in done.stderr

@@ -1,0 +1,216 @@
+"""The training loop: killed and resumed runs, corrupt videos, and every way it refuses to go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hdc import checkpoint
+from hdc.config import FinetuneConfig, PretrainConfig
+from hdc.data.clips import ClipConfig
+from hdc.data.manifest import read_manifest
+from hdc.data.synthetic import make_dataset
+from hdc.errors import InputError
+from hdc.finetune import finetune
+from hdc.optimizer import OptimizerConfig
+from hdc.pretrain import pretrain
+from hdc.views import AugmentConfig
+
+TINY = [
+    "--backbone=tiny",
+    "--clips.size=32",
+    "--augment.crop_size=28",
+    "--batch_size=8",
+    "--device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in UCF101's layout with 20 training and 5 test videos, and its manifest."""
+    root = tmp_path_factory.mktemp("videos")
+    make_dataset(root, train=20, test=5, seed=0)
+    return root
+
+
+def settings(videos: Path, out: Path, **changes: object) -> PretrainConfig:
+    config = PretrainConfig(
+        data=str(videos),
+        out=str(out),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        augment=AugmentConfig(crop_size=28),
+        epochs=2,
+        batch_size=8,
+        device="cpu",
+        log_every=1,
+        checkpoint_every=2,
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / checkpoint.FILE, weights_only=True)["model"]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_killed_and_resumed_equals_undisturbed(videos: Path, tmp_path: Path) -> None:
+    """kill -9 twice, at moments nobody chose, resume each time: the same losses and weights, bit for bit."""
+    command = [sys.executable, "-m", "hdc.cli", "pretrain", f"--data={videos}", *TINY]
+    command += ["--epochs=15", "--checkpoint_every=3", "--log_every=1", "--seed=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    undisturbed = tmp_path / "undisturbed"
+    subprocess.run([*command, f"--out={undisturbed}"], env=environment, check=True, timeout=300)
+
+    killed = tmp_path / "killed"
+    seen = 0
+    for _ in range(2):
+        process = subprocess.Popen([*command, f"--out={killed}", "--resume"], env=environment)
+        deadline = time.monotonic() + 120
+        # Wait until this process has written lines of its own past a checkpoint, then pull the plug.
+        while len(losses(killed) if (killed / "metrics.jsonl").exists() else []) < seen + 5:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        seen = len(losses(killed))
+    subprocess.run(
+        [*command, f"--out={killed}", "--resume"], env=environment, check=True, timeout=300
+    )
+
+    assert [step for step, _ in losses(killed)] == list(range(30))
+    assert losses(killed) == losses(undisturbed)
+    for name, value in weights(undisturbed).items():
+        assert torch.equal(value, weights(killed)[name]), name
+
+
+def test_resuming_in_another_epoch_sees_the_same_batches(videos: Path, tmp_path: Path) -> None:
+    """One epoch, then resume for two: equal to two epochs at once."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path / "whole"), manifest)
+    pretrain(settings(videos, tmp_path / "parts", epochs=1), manifest)
+    pretrain(settings(videos, tmp_path / "parts", resume=True), manifest)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_training_learns(videos: Path, tmp_path: Path) -> None:
+    """A real run on real files gets below ln B, the loss of guessing."""
+    result = pretrain(
+        settings(videos, tmp_path, epochs=40, optimizer=OptimizerConfig(lr=0.3), log_every=10),
+        read_manifest(videos / "manifest.csv"),
+    )
+    assert result.metrics["spatial5_loss"] < 1.7  # ln 8 = 2.08
+
+
+def test_finished_run_is_left_alone(videos: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path), manifest)
+    before = weights(tmp_path)
+    with pytest.raises(InputError, match=r"checkpoint.pt exists; add --resume"):
+        pretrain(settings(videos, tmp_path), manifest)
+    assert all(torch.equal(value, weights(tmp_path)[name]) for name, value in before.items())
+
+
+def test_resuming_with_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path), manifest)
+    with pytest.raises(InputError, match="made with another batch_size, seed; repeat its settings"):
+        pretrain(settings(videos, tmp_path, batch_size=4, seed=1, resume=True), manifest)
+
+
+def test_corrupt_video_is_skipped_counted_and_named(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    make_dataset(copy, train=20, test=5, seed=0)
+    manifest = read_manifest(copy / "manifest.csv")
+    broken = manifest.file(3)
+    broken.write_bytes(broken.read_bytes()[:300])
+    if str(manifest.columns["split1"][3]) == "test":
+        pytest.fail("the test must break a training video")
+    result = pretrain(settings(copy, tmp_path / "run"), manifest)
+    assert [entry.path for entry in result.unreadable] == [str(broken)]
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {line["skipped"] for line in log if "skipped" in line} == {str(broken)}
+    shown = capsys.readouterr().out
+    assert f"skipped {broken}" in shown
+    assert re.search(r"1 unreadable videos? (was|were) left out", shown)
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["unreadable"] != []
+
+
+def test_divergence_keeps_the_last_good_checkpoint(videos: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path, epochs=1), manifest)
+    state = torch.load(tmp_path / checkpoint.FILE, weights_only=True)
+    state["model"]["backbone.block1.0.weight"][:] = float("nan")
+    torch.save(state, tmp_path / checkpoint.FILE)
+    with pytest.raises(InputError, match="training diverged at step 2: lower --optimizer.lr"):
+        pretrain(settings(videos, tmp_path, resume=True), manifest)
+    assert torch.load(tmp_path / checkpoint.FILE, weights_only=True)["step"] == 2
+
+
+def test_bf16_and_gradient_clipping_take_steps(videos: Path, tmp_path: Path) -> None:
+    """Autocast leaves the loss in float32; clipping at 1e-9 freezes the weights but for the decay."""
+    manifest = read_manifest(videos / "manifest.csv")
+    optimizer = OptimizerConfig(clip_norm=1e-9, weight_decay=0.0, momentum=0.0)
+    config = settings(videos, tmp_path / "run", precision="bf16", optimizer=optimizer)
+    pretrain(replace(config, epochs=1, out=str(tmp_path / "one")), manifest)
+    pretrain(config, manifest)
+    first, last = weights(tmp_path / "one"), weights(tmp_path / "run")
+    assert all(value.dtype == torch.float32 for value in last.values())
+    assert max((first[k] - last[k]).abs().max().item() for k in first) < 1e-8
+    assert all(abs(loss) < 1e3 for _, loss in losses(tmp_path / "run"))
+
+
+def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: Path) -> None:
+    """At a vanishing learning rate the encoder stays what it was; from scratch it is another."""
+    manifest = read_manifest(videos / "manifest.csv")
+    trained = pretrain(settings(videos, tmp_path / "pre"), manifest).checkpoint
+    base = FinetuneConfig(
+        data=str(videos),
+        out=str(tmp_path / "fine"),
+        checkpoint=str(trained),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        augment=AugmentConfig(crop_size=28),
+        epochs=1,
+        batch_size=8,
+        device="cpu",
+        optimizer=OptimizerConfig(lr=1e-12),
+    )
+    finetune(base, manifest)
+    finetune(replace(base, checkpoint=None, out=str(tmp_path / "scratch")), manifest)
+    pre, fine, scratch = (weights(tmp_path / name) for name in ("pre", "fine", "scratch"))
+    name = "backbone.block5.0.conv1.weight"
+    assert torch.allclose(pre[name], fine[name], atol=1e-9)
+    assert not torch.allclose(pre[name], scratch[name], atol=1e-3)
+    assert fine["classifier.weight"].shape == (5, pre[name].shape[0])
+
+
+def test_finetuning_needs_every_class_in_the_training_list(videos: Path, tmp_path: Path) -> None:
+    text = (videos / "manifest.csv").read_text()
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(
+        "\n".join(
+            line.replace(",train", ",") if "/Up/" in line else line for line in text.splitlines()
+        ).replace("UCF-101", str(videos / "UCF-101"))
+    )
+    config = FinetuneConfig(
+        data=str(manifest), out=str(tmp_path), backbone="tiny", clips=ClipConfig(size=32)
+    )
+    with pytest.raises(InputError, match="class Up has no training videos in split 1"):
+        finetune(config, read_manifest(manifest))
