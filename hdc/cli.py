@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hdc-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("hdc-train: interrupted; a training run goes on with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -131,6 +131,7 @@ class TrainConfig(CommandConfig):
         for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_crop(self.augment.crop_size, self.clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,12 @@ class TestConfig(CommandConfig):
     corners: Literal["frame", "square"] = "frame"
     crop_batch: int = 40
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_crop(self.crop_size, self.clips)
+        if self.crop_batch < 1:
+            raise InputError(f"crop_batch is {self.crop_batch}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig(CommandConfig):
@@ -214,6 +221,7 @@ class FeatureConfig(CommandConfig):
         for name in ("clips_per_video", "crop_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_crop(self.crop_size, self.clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +252,14 @@ class ProbeConfig(FeatureConfig):
         super().__post_init__()
         if not self.l2 > 0:
             raise InputError(f"l2 is {self.l2}; it must be positive")
+
+
+def _check_crop(crop_size: int, clips: ClipConfig) -> None:
+    if crop_size > clips.size:
+        raise InputError(
+            f"crop_size is {crop_size}, larger than frames with a short side of {clips.size}; "
+            "lower it or raise --clips.size"
+        )
 
 
 def to_dict(config: CommandConfig) -> dict[str, Any]:

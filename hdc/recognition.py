@@ -15,7 +15,6 @@ from hdc.data.clips import Unreadable
 from hdc.data.manifest import Manifest
 from hdc.data.video import Frames
 from hdc.device import pick_device
-from hdc.errors import InputError
 from hdc.features import cut, readable_videos
 from hdc.finetune import Classifier
 from hdc.views import center_square, to_unit_range
@@ -74,10 +73,6 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
     device = next(model.parameters()).device
     videos = manifest.rows("test", config.split)
     ids = videos.labels(config.label, classes).ids
-    if config.crop_size > config.clips.size:
-        raise InputError(
-            f"crop_size is {config.crop_size}, larger than frames with a short side of {config.clips.size}"
-        )
 
     def scores(crops: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

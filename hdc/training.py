@@ -149,7 +149,11 @@ def train(
         save()
     journal.close()
     if unreadable:
-        videos = "1 unreadable video was" if len(unreadable) == 1 else f"{len(unreadable)} unreadable videos were"
+        videos = (
+            "1 unreadable video was"
+            if len(unreadable) == 1
+            else f"{len(unreadable)} unreadable videos were"
+        )
         warn(f"{videos} left out: {', '.join(sorted(unreadable))}")
     return TrainedRun(path, metrics, list(unreadable.values()))
 

@@ -66,11 +66,13 @@ def check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str) 
             )
 
 
-def check_weights(name: str, weights: Sequence[float], what: str, scales: int) -> None:
-    """One finite, non-negative number for each of the `scales` entries of `what`."""
+def check_weights(
+    name: str, weights: Sequence[float], what: str = "", scales: int | None = None
+) -> None:
+    """One finite, non-negative number for each of the `scales` entries of `what`, if that is known."""
     if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence):
         raise TypeError(f"{name} is a {type(weights).__name__}; it must be a sequence of numbers")
-    if len(weights) != scales:
+    if scales is not None and len(weights) != scales:
         raise ValueError(
             f"{name} has {len(weights)} weights but {what} has {scales} scales; one weight per scale"
         )

@@ -114,16 +114,16 @@ def fused_hd_nce(
     if not return_metrics:
         return loss
     return loss, HDNCEMetrics(
-        spatial_loss=_means(spatial_terms),
-        spatial_accuracy=_means([reference.top1(logits) for logits in spatial_logits]),
-        temporal_loss=_means(temporal_terms),
-        temporal_accuracy=_means([reference.top1(logits) for logits in temporal_logits]),
+        spatial_loss=_means(spatial_terms, loss.device),
+        spatial_accuracy=_means([reference.top1(s) for s in spatial_logits], loss.device),
+        temporal_loss=_means(temporal_terms, loss.device),
+        temporal_accuracy=_means([reference.top1(s) for s in temporal_logits], loss.device),
     )
 
 
-def _means(tensors: list[Tensor]) -> Tensor:
+def _means(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
-        return torch.empty(0)
+        return torch.empty(0, device=device)
     return torch.stack([tensor.detach().float().mean() for tensor in tensors])
 
 
@@ -141,7 +141,12 @@ def _check(
             )
         for scale, pair in enumerate(pairs):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise TypeError(f"{task}[{scale}] must be a pair ({', '.join(views)}) of {shape}")
+                given = type(pair).__name__
+                if isinstance(pair, (tuple, list)):
+                    given += f" of {len(pair)}"
+                raise TypeError(
+                    f"{task}[{scale}] is a {given}; it must be a pair ({', '.join(views)}) of {shape}"
+                )
             names = (f"{task}[{scale}] {views[0]}", f"{task}[{scale}] {views[1]}")
             check_pair(names, (pair[0], pair[1]), shape)
             found = (pair[0].shape[0], pair[0].dtype, pair[0].device)
@@ -176,8 +181,8 @@ class HDNCE(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_weights("alpha", alpha, "spatial", len(alpha))
-        check_weights("beta", beta, "temporal", len(beta))
+        check_weights("alpha", alpha)
+        check_weights("beta", beta)
         check_temperature(temperature)
         check_choice("reduction", reduction, Reduction)
         check_choice("backend", backend, Backend)

@@ -39,6 +39,8 @@ def cosine_logits(
     with torch.autocast(query.device.type, enabled=False):
         dtype = compute_dtype(query.dtype)
         query, key = query.to(dtype), key.to(dtype)
+        if isinstance(temperature, Tensor):  # a [1] or float64 one would widen the logits
+            temperature = temperature.to(dtype).reshape(())
         if normalize:
             query, key = l2_normalize(query), l2_normalize(key)
         return query @ key.mT / temperature
@@ -59,8 +61,8 @@ def info_nce(logits: Tensor, *, symmetric: bool = False) -> Tensor:
 def top1(logits: Tensor) -> Tensor:
     """Whether the positive beats every negative: [..., B, B] -> bool [..., B]. A tie is a miss."""
     positive = logits.diagonal(dim1=-2, dim2=-1)
-    rivals = (logits >= positive.unsqueeze(-1)).sum(-1)
-    return rivals == 1  # the positive itself
+    beaten = (logits < positive.unsqueeze(-1)).sum(-1)  # no NaN counts as beaten
+    return beaten == logits.shape[-1] - 1
 
 
 def spatial_logits(

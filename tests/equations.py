@@ -183,6 +183,4 @@ def relative_error(actual: Tensor, expected: object) -> float:
 
 
 def _mean(a: Batch, b: Batch) -> Batch:
-    return [
-        [(x + y) / 2 for x, y in zip(u, v, strict=True)] for u, v in zip(a, b, strict=True)
-    ]
+    return [[(x + y) / 2 for x, y in zip(u, v, strict=True)] for u, v in zip(a, b, strict=True)]

@@ -50,7 +50,9 @@ def test_table_1() -> None:
 def test_table_2() -> None:
     for name, (off, accuracy) in TABLE_2.items():
         preset = PRESETS[name]
-        switches = {f.name for f in fields(preset.augment) if getattr(preset.augment, f.name) is False}
+        switches = {
+            f.name for f in fields(preset.augment) if getattr(preset.augment, f.name) is False
+        }
         assert (switches, preset.paper) == (off, accuracy)
         assert preset.objective == PRESETS["table1-hdc"].objective
 
@@ -80,7 +82,9 @@ def test_preset_takes_a_step(name: str, videos: Manifest, tmp_path: Path) -> Non
     assert state["step"] == 1
     losses = {name.split("_")[0] for name in run.metrics if name.endswith("_loss")}
     o = preset.objective
-    expected = {f"spatial{k}" for k in o.spatial_scales} | {f"temporal{k}" for k in o.temporal_scales}
+    expected = {f"spatial{k}" for k in o.spatial_scales} | {
+        f"temporal{k}" for k in o.temporal_scales
+    }
     assert losses == expected
     moved = [buffers["momentum_buffer"] for buffers in state["optimizer"]["state"].values()]
     # Every parameter got a gradient; the last instance norm's shift and all weights a non-zero one.

@@ -12,7 +12,7 @@ TAU = 0.07
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Random embeddings that do not depend on the order of the tests."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -125,6 +125,13 @@ def test_top1_counts_a_tie_as_a_miss() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [5.0, 5.0, 1.0], [0.0, 3.0, 1.0]])
     assert reference.top1(logits).tolist() == [True, False, False]
     assert reference.top1(torch.zeros(1, 1)).tolist() == [True]
+
+
+def test_top1_counts_nan_as_a_miss() -> None:
+    """A NaN compares as neither larger nor smaller, and must not pass for a beaten rival."""
+    nan = torch.nan
+    logits = torch.tensor([[2.0, nan, 1.0], [0.0, 2.0, 1.0], [0.0, 0.0, nan]])
+    assert reference.top1(logits).tolist() == [False, True, False]
 
 
 def test_reduce() -> None:

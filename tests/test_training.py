@@ -128,7 +128,7 @@ def test_finished_run_is_left_alone(videos: Path, tmp_path: Path) -> None:
 def test_resuming_with_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path), manifest)
-    with pytest.raises(InputError, match="made with another batch_size, seed; repeat its settings"):
+    with pytest.raises(InputError, match="made with another seed, batch_size; repeat its settings"):
         pretrain(settings(videos, tmp_path, batch_size=4, seed=1, resume=True), manifest)
 
 
@@ -210,7 +210,7 @@ def test_finetuning_needs_every_class_in_the_training_list(videos: Path, tmp_pat
         ).replace("UCF-101", str(videos / "UCF-101"))
     )
     config = FinetuneConfig(
-        data=str(manifest), out=str(tmp_path), backbone="tiny", clips=ClipConfig(size=32)
+        data=str(manifest), out=str(tmp_path), backbone="tiny", clips=ClipConfig(size=112)
     )
     with pytest.raises(InputError, match="class Up has no training videos in split 1"):
         finetune(config, read_manifest(manifest))

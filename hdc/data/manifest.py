@@ -123,31 +123,37 @@ def read_manifest(source: Path) -> Manifest:
         with source.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
-            lines = list(reader)
+            numbered = [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the manifest {source}: {_reason(error)}") from error
     for required in ("path", "frames"):
         if required not in header:
             raise InputError(f"{source} is no manifest: it has no column {required!r}")
-    if not lines:
+    if not numbered:
         raise InputError(f"{source} lists no videos")
+    lines = [line for _, line in numbered]
+    starts = [(number, line.get("start") or "0") for number, line in numbered]
+    frames = [(number, line["frames"]) for number, line in numbered]
     extra = [name for name in header if name not in ("path", "start", "frames")]
     return Manifest(
         source,
         np.array([line["path"] for line in lines]),
-        _integers(source, "start", [line.get("start") or "0" for line in lines], at_least=0),
-        _integers(source, "frames", [line["frames"] for line in lines], at_least=1),
+        _integers(source, "start", starts, at_least=0),
+        _integers(source, "frames", frames, at_least=1),
         {name: np.array([line[name] or "" for line in lines]) for name in extra},
     )
 
 
-def _integers(source: Path, column: str, values: list[str], at_least: int) -> np.ndarray:
-    for line, value in enumerate(values, start=2):
+def _integers(
+    source: Path, column: str, values: list[tuple[int, str]], at_least: int
+) -> np.ndarray:
+    """The values, given with their line numbers."""
+    for line, value in values:
         if not (value or "").isdecimal() or int(value) < at_least:
             raise InputError(
                 f"{source}, line {line}: {column} is {value!r}; it must be an integer of at least {at_least}"
             )
-    return np.array([int(value) for value in values], dtype=np.int64)
+    return np.array([int(value) for _, value in values], dtype=np.int64)
 
 
 def _some(items: list[str], limit: int = 3) -> str:

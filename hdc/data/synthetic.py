@@ -145,15 +145,15 @@ def _draw_motion(motion: str, rng: np.random.Generator) -> _Motion:
 
 
 def _draw_looks(rng: np.random.Generator) -> _Looks:
-    hue = rng.uniform(0.2, 1.0, 3)
     return _Looks(
         texture=str(rng.choice(TEXTURES)),
         angle=rng.uniform(0, np.pi),
-        frequency=rng.uniform(1.2, 2.0),
+        frequency=rng.uniform(1.0, 1.6),
         stretch=rng.uniform(0.85, 1.2),
         duty=rng.uniform(0.4, 0.6),
         offset=rng.uniform(0, 1, 2),
-        light=hue / hue.max() * rng.uniform(0.75, 1.0),
+        # Bright on dark in every channel: replicating any one of them must not erase the texture.
+        light=rng.uniform(0.6, 1.0, 3),
         dark=rng.uniform(0.0, 0.3, 3),
     )
 

@@ -7,6 +7,7 @@ store no presentation times, and filtering by them would lose frames.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -20,6 +21,7 @@ from av.video.stream import VideoStream
 from hdc.errors import InputError
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
+MOST_REORDERED = 16  # frames between a keyframe's place in decoding order and in time
 
 
 class VideoError(InputError):
@@ -51,7 +53,8 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def count_frames(path: Path) -> int:
     """The number of coded frames, read off the packets without decoding them."""
     with _open(path) as (container, stream):
-        count = sum(packet.size > 0 for packet in container.demux(stream))
+        packets = container.demux(stream)
+        count = sum(packet.size > 0 and not packet.is_discard for packet in packets)
     if count == 0:
         raise VideoError(path, "holds no frames")
     return count
@@ -65,7 +68,8 @@ def read_clips(path: Path, starts: list[int], frames: int, short_side: int) -> l
     """
     with _open(path) as (container, stream):
         resize = _Resizer(short_side)
-        return [_clip(path, container, stream, start, frames, resize) for start in starts]
+        origin = _origin(container, stream)
+        return [_clip(path, container, stream, origin, start, frames, resize) for start in starts]
 
 
 def read_all(path: Path, short_side: int, start: int = 0, frames: int | None = None) -> Frames:
@@ -73,13 +77,15 @@ def read_all(path: Path, short_side: int, start: int = 0, frames: int | None = N
     with _open(path) as (container, stream):
         resize = _Resizer(short_side)
         decoded = []
+        found = 0
         for number, frame in enumerate(container.decode(stream)):
             if frames is not None and number >= start + frames:
                 break
+            found = number + 1
             if number >= start:
                 decoded.append(resize(frame))
     if not decoded or (frames is not None and len(decoded) < frames):
-        raise VideoError(path, _too_short(start, frames or 1, start + len(decoded)))
+        raise VideoError(path, _too_short(start, frames or 1, found))
     return np.stack(decoded)
 
 
@@ -104,42 +110,56 @@ def _clip(
     path: Path,
     container: InputContainer,
     stream: VideoStream,
+    origin: int | None,
     start: int,
     frames: int,
     resize: _Resizer,
 ) -> Frames:
-    first, decoder = _decode_from_keyframe(container, stream, start)
-    decoded = []
-    number = first
-    for number, frame in enumerate(decoder, first):
-        if number >= start:
-            decoded.append(resize(frame))
+    found = _seek_keyframe(container, stream, origin, start) if origin is not None else None
+    if found:
+        packet, first = found
+        decoder = islice(_decode(packet, container, stream), start - first, start - first + frames)
+        decoded = [resize(frame) for frame in decoder]
         if len(decoded) == frames:
             return np.stack(decoded)
-    raise VideoError(path, _too_short(start, frames, number + 1))
+    # No usable times, or ones that lead past the end (a varying frame rate): count from the beginning.
+    return read_all(path, resize.short_side, start, frames)
 
 
-def _decode_from_keyframe(
-    container: InputContainer, stream: VideoStream, start: int
-) -> tuple[int, Iterator[VideoFrame]]:
-    """Seek to the last keyframe not after frame `start`: (its frame number, frames from there on).
+def _origin(container: InputContainer, stream: VideoStream) -> int | None:
+    """The time of frame 0 in the units of the stream, None where packets carry no times.
 
-    Where the container has no usable times, or lands too late, the frames from the beginning.
+    The first packet has it, unless an edit list cuts that packet off. `stream.start_time` will not do
+    for an AVI with B-frames, where it is a decoding time.
     """
+    packet = next(container.demux(stream))
+    return stream.start_time if packet.is_discard else _time(packet)
+
+
+def _time(packet: "Packet[VideoStream]") -> int | None:
+    return packet.pts if packet.pts is not None else packet.dts
+
+
+def _seek_keyframe(
+    container: InputContainer, stream: VideoStream, origin: int, start: int
+) -> "tuple[Packet[VideoStream], int] | None":
+    """The packet of a keyframe not after frame `start`, and its frame number."""
     rate, unit = stream.average_rate, stream.time_base
-    origin = stream.start_time or 0
-    if start > 0 and rate and unit:
-        container.seek(origin + round(start / rate / unit), stream=stream)
-        for packet in container.demux(stream):
-            time = packet.pts if packet.pts is not None else packet.dts
-            if time is None:
-                break
+    if not rate or not unit:
+        return None
+    # Some containers seek by decoding times, which precede the frames' own: try once more, from earlier.
+    for target in (start, max(0, start - MOST_REORDERED)):
+        try:
+            container.seek(origin + round(target / rate / unit), stream=stream)
+        except av.FFmpegError:
+            return None
+        packet = next(container.demux(stream))
+        time = _time(packet)
+        if time is not None and packet.is_keyframe:
             first = round((time - origin) * unit * rate)
-            if packet.is_keyframe and first <= start:
-                return first, _decode(packet, container, stream)
-            break
-    container.seek(origin, stream=stream)
-    return 0, container.decode(stream)
+            if 0 <= first <= start:  # below 0: the frames that an edit list cuts off
+                return packet, first
+    return None
 
 
 def _decode(

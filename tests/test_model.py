@@ -1,0 +1,94 @@
+"""The embeddings that reach the loss, against the paper's definitions written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdc.backbones import build_backbone
+from hdc.model import HDC
+
+STEPS = {3: 4, 4: 2, 5: 1}  # timesteps of the tiny encoder's blocks for 16 frames
+
+
+@pytest.fixture
+def views() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return tuple(torch.rand(3, 2, 3, 16, 28, 28) * 2 - 1)
+
+
+def build(spatial: tuple[int, ...] = (3, 4, 5), temporal: tuple[int, ...] = (3, 4, 5)) -> HDC:
+    torch.manual_seed(0)
+    return HDC(build_backbone("tiny"), spatial, temporal, dim=24)
+
+
+def test_shapes(views: tuple[Tensor, Tensor, Tensor]) -> None:
+    spatial, temporal = build()(*views)
+    assert [(o.shape, s.shape) for o, s in spatial] == [
+        ((2, STEPS[k], 24), (2, STEPS[k], 24)) for k in (3, 4, 5)
+    ]
+    assert [(o.shape, t.shape) for o, t in temporal] == [((2, 24), (2, 24))] * 3
+
+
+@pytest.mark.parametrize("k", [3, 4, 5])
+def test_embeddings(k: int, views: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Spatial: one projected spatial mean per timestep. Temporal: the projected mean over all of it."""
+    model = build()
+    spatial, temporal = model(*views)
+    (spatial_o, spatial_s), (temporal_o, temporal_t) = spatial[k - 3], temporal[k - 3]
+
+    def expected(view: Tensor, layer: str, axes: str) -> Tensor:
+        weight = getattr(model, layer)[str(k)].weight
+        bias = getattr(model, layer)[str(k)].bias
+        feature_map = model.backbone(view)[k]
+        return torch.einsum(axes, feature_map, weight) / (feature_map[0, 0].numel()) + bias
+
+    o, s, t = views
+    for found, view, layer in (
+        (temporal_o, o, "project_o"),
+        (temporal_t, t, "project_t"),
+    ):
+        torch.testing.assert_close(found, expected(view, layer, "bcnhw,dc->bd"))
+    for found, view, layer in ((spatial_o, o, "project_o"), (spatial_s, s, "project_s")):
+        bias = getattr(model, layer)[str(k)].bias
+        per_step = (expected(view, layer, "bcnhw,dc->bnd") - bias) * STEPS[k] + bias
+        torch.testing.assert_close(found, per_step)
+
+
+def test_projection_of_o_is_shared(views: tuple[Tensor, Tensor, Tensor]) -> None:
+    """g_o is linear, so the mean of v_o over time in SC is v_o of TC; one loss trains it for both."""
+    model = build()
+    spatial, temporal = model(*views)
+    for (spatial_o, _), (temporal_o, _) in zip(spatial, temporal, strict=True):
+        torch.testing.assert_close(spatial_o.mean(1), temporal_o)
+    weight = model.project_o["5"].weight
+    for embedding in (spatial[2][0], temporal[2][0]):
+        (gradient,) = torch.autograd.grad(embedding.sum(), weight, retain_graph=True)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("spatial", "temporal", "layers"),
+    [
+        ((5,), (), {"o": ["5"], "s": ["5"], "t": []}),
+        ((), (4, 5), {"o": ["4", "5"], "s": [], "t": ["4", "5"]}),
+        ((3, 5), (4,), {"o": ["3", "4", "5"], "s": ["3", "5"], "t": ["4"]}),
+    ],
+)
+def test_only_what_is_contrasted(
+    spatial: tuple[int, ...],
+    temporal: tuple[int, ...],
+    layers: dict[str, list[str]],
+    views: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    model = build(spatial, temporal)
+    assert {name: list(getattr(model, f"project_{name}")) for name in "ost"} == layers
+    o, s, t = views
+    pairs = model(o, s if spatial else None, t if temporal else None)
+    assert [len(task) for task in pairs] == [len(spatial), len(temporal)]
+    assert all(
+        pair[0].shape[:-1] == (2, STEPS[k]) for pair, k in zip(pairs[0], spatial, strict=True)
+    )
+
+
+def test_default_projection_is_128_wide() -> None:
+    assert HDC(build_backbone("tiny")).project_o["3"].out_features == 128
