@@ -21,7 +21,7 @@ from hdc.config import (
 )
 from hdc.data.clips import ClipConfig
 from hdc.data.manifest import Manifest, read_manifest
-from hdc.data.synthetic import TAKE_FRAMES, make_dataset
+from hdc.data.synthetic import MOTIONS, TAKE_FRAMES, TEXTURES, make_dataset
 from hdc.errors import InputError
 from hdc.features import extract, load_encoder
 from hdc.finetune import finetune
@@ -34,8 +34,12 @@ from hdc.retrieval import RetrievalResult
 from hdc.retrieval_figure import Column, draw_retrievals
 from hdc.views import AugmentConfig
 
-LABELS = ("appearance", "motion", "both")
-RANDOM = "random init"
+CHANCE = {
+    "appearance": 100 / len(TEXTURES),
+    "motion": 100 / len(MOTIONS),
+    "both": 100 / (len(TEXTURES) * len(MOTIONS)),
+}
+RANDOM = "random"
 # Each model's preset; the order is that of the table and the figure.
 MODELS = {
     "SC": "table1-sc5",
@@ -194,8 +198,8 @@ def _evaluate(
     )
     backbone = load_encoder(settings, path)
     gallery, queries = (extract(settings, backbone, takes, part) for part in ("train", "test"))
-    retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in LABELS}
-    probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in LABELS}
+    retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in CHANCE}
+    probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in CHANCE}
     return ModelResult(
         nearest={label: 100 * result.accuracy[1] for label, result in retrievals.items()},
         probe={label: 100 * result.test_accuracy for label, result in probes.items()},
@@ -254,32 +258,37 @@ def _write_results(path: Path, config: DemoConfig, results: dict[str, ModelResul
 
 
 def _show(results: dict[str, ModelResult], seconds: float) -> None:
-    """The table: one row per model, the best of each column in bold."""
+    """The table: one column per model, the best of each row in bold."""
+    rows: list[tuple[str, list[float | None], float]] = [
+        *(
+            (f"nearest neighbour, {label}", [r.nearest[label] for r in results.values()], chance)
+            for label, chance in CHANCE.items()
+        ),
+        *(
+            (f"linear probe, {label}", [r.probe[label] for r in results.values()], chance)
+            for label, chance in CHANCE.items()
+        ),
+        (
+            "finetuned, motion",
+            [100 * r.finetuned.video_accuracy if r.finetuned else None for r in results.values()],
+            CHANCE["motion"],
+        ),
+    ]
     table = Table(title="top-1 accuracy on the test videos, %", title_justify="left")
-    table.add_column("")
-    for group in ("nearest", "probe"):
-        for label in LABELS:
-            table.add_column(f"{group}\n{label}", justify="right")
-    table.add_column("finetuned\nmotion", justify="right")
-    rows = {
-        name: [
-            *(result.nearest[label] for label in LABELS),
-            *(result.probe[label] for label in LABELS),
-            100 * result.finetuned.video_accuracy if result.finetuned else None,
+    table.add_column()
+    for name in results:
+        table.add_column(name, justify="right")
+    table.add_column("chance", justify="right", style="dim")
+    for what, values, chance in rows:
+        best = max(value for value in values if value is not None)
+        cells = [
+            "–"
+            if value is None
+            else f"[bold]{value:.1f}[/bold]"
+            if value == best
+            else f"{value:.1f}"
+            for value in values
         ]
-        for name, result in results.items()
-    }
-    best = [max(v for v in column if v is not None) for column in zip(*rows.values(), strict=True)]
-    for name, values in rows.items():
-        cells = []
-        for value, top in zip(values, best, strict=True):
-            text = "–" if value is None else f"{value:.1f}"
-            cells.append(f"[bold]{text}[/bold]" if value == top else text)
-        table.add_row(name, *cells)
-    chance = [100 / 6, 100 / 5, 100 / 30]
-    table.add_section()
-    table.add_row("chance", *(f"{value:.1f}" for value in [*chance, *chance, 20.0]), style="dim")
+        table.add_row(what, *cells, f"{chance:.1f}", end_section=what.endswith("both"))
     console.print(table)
-    console.print(
-        f"{seconds:.0f} seconds. nearest: cosine nearest neighbour; probe: linear classifier."
-    )
+    console.print(f"{seconds:.0f} seconds", highlight=False)

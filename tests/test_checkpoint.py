@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, and never loaded in part."""
 
 import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,7 +97,24 @@ def test_missing(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, "pretrain")
 
 
-@pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "pickle"])
+class Trap:
+    """Pickled, it makes a folder when it is loaded by a loader that trusts it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_loading_runs_no_code(path: Path, tmp_path: Path) -> None:
+    torch.save({"format": 1, "kind": "pretrain", "model": Trap(tmp_path / "sprung")}, path)
+    with pytest.raises(InputError, match=r"checkpoint\.pt is not a readable checkpoint: ."):
+        checkpoint.load(path, "pretrain")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", ["empty", "garbage", "truncated"])
 def test_unreadable(content: str, path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(
@@ -103,7 +122,6 @@ def test_unreadable(content: str, path: Path) -> None:
             "empty": b"",
             "garbage": b"not a checkpoint\n" * 50,
             "truncated": whole[: len(whole) // 2],
-            "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
         }[content]
     )
     with pytest.raises(InputError, match=r"checkpoint\.pt is not a readable checkpoint: ."):

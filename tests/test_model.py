@@ -17,8 +17,13 @@ def views() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def build(spatial: tuple[int, ...] = (3, 4, 5), temporal: tuple[int, ...] = (3, 4, 5)) -> HDC:
+    """With projections that differ, as after training."""
     torch.manual_seed(0)
-    return HDC(build_backbone("tiny"), spatial, temporal, dim=24)
+    model = HDC(build_backbone("tiny"), spatial, temporal, dim=24)
+    for projections in (model.project_o, model.project_s, model.project_t):
+        for layer in projections.values():
+            layer.reset_parameters()
+    return model
 
 
 def test_shapes(views: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -88,6 +93,15 @@ def test_only_what_is_contrasted(
     assert all(
         pair[0].shape[:-1] == (2, STEPS[k]) for pair, k in zip(pairs[0], spatial, strict=True)
     )
+
+
+def test_projections_start_equal_and_are_not_tied() -> None:
+    model = HDC(build_backbone("tiny"))
+    for k in ("3", "4", "5"):
+        o, s, t = (getattr(model, f"project_{name}")[k].weight for name in "ost")
+        assert torch.equal(o, s)
+        assert torch.equal(o, t)
+        assert len({o.data_ptr(), s.data_ptr(), t.data_ptr()}) == 3
 
 
 def test_default_projection_is_128_wide() -> None:

@@ -85,13 +85,13 @@ def test_score() -> None:
         np.array(list("vwxyz")),
         np.zeros(5, int),
         np.full(5, 16),
-        {"label": np.array(["a", "b", "c", "b", "c"])},
+        {"label": np.array(["a", "b", "b", "b", "c"])},
     )
     gallery = part(manifest, [[1.0, 0.0], [0.0, 1.0]], [3, 4])  # b, c
-    queries = part(manifest, [[2.0, 0.1], [9.0, 1.0], [5.0, 4.0]], [0, 1, 2])  # a, b, c
+    queries = part(manifest, [[2.0, 0.1], [9.0, 1.0], [5.0, 4.0]], [0, 1, 2])  # a, b, b
     result = score(queries, gallery, manifest, "label")
     assert result.neighbors.tolist() == [[0, 1], [0, 1], [0, 1]]
-    assert result.accuracy[1] == pytest.approx(1 / 3)
+    assert result.accuracy[1] == pytest.approx(2 / 3)
     assert result.accuracy[5] == pytest.approx(2 / 3)
 
 

@@ -158,7 +158,7 @@ def test_divergence_keeps_the_last_good_checkpoint(videos: Path, tmp_path: Path)
     state = torch.load(tmp_path / checkpoint.FILE, weights_only=True)
     state["model"]["backbone.block1.0.weight"][:] = float("nan")
     torch.save(state, tmp_path / checkpoint.FILE)
-    with pytest.raises(InputError, match="training diverged at step 2: lower --optimizer.lr"):
+    with pytest.raises(InputError, match="training diverged at step 2: lower --optimizer"):
         pretrain(settings(videos, tmp_path, resume=True), manifest)
     assert torch.load(tmp_path / checkpoint.FILE, weights_only=True)["step"] == 2
 

@@ -173,6 +173,17 @@ def test_certain_channel_replication(probability: float, replicated: int) -> Non
     assert sum(equal) == replicated
 
 
+def test_replication_copies_a_jittered_channel() -> None:
+    """Both may happen to a clip: the grey that all channels show is one of the changed colours."""
+    clips = random_clips(batch=9)
+    jitter = replace(PLAIN, color_jitter=True, color_jitter_probability=1.0)
+    both = replace(jitter, channel_replication=True, channel_replication_probability=1.0)
+    # Contrast acts last and about the clip's own grey, which replication changes.
+    jitter, both = replace(jitter, contrast=0.0), replace(both, contrast=0.0)
+    for before, after in zip(view(clips, jitter), view(clips, both), strict=True):
+        assert any(torch.allclose(after, before[c : c + 1], atol=1e-4) for c in range(3))
+
+
 def recolor(
     pixels: np.ndarray, brightness: float, contrast: float, saturation: float, turns: float
 ) -> np.ndarray:
