@@ -24,11 +24,12 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise InputError(
             f"cannot write {path}: {(error.strerror or str(error)).lower()}"
         ) from error
+    finally:
+        with suppress(OSError):  # gone, unless something went wrong
+            partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ encoder and the frames are small. See `hdc.data.synthetic` for what the videos s
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def _write_results(path: Path, config: DemoConfig, results: dict[str, ModelResul
 
 def _show(results: dict[str, ModelResult], seconds: float) -> None:
     """The table: one column per model, the best of each row in bold."""
-    rows: list[tuple[str, list[float | None], float]] = [
+    rows: list[tuple[str, Sequence[float | None], float]] = [
         *(
             (f"nearest neighbour, {label}", [r.nearest[label] for r in results.values()], chance)
             for label, chance in CHANCE.items()

@@ -50,15 +50,15 @@ def load_encoder(config: CommandConfig, path: str | None) -> Backbone:
 
 
 def clip_starts(frames: int, clip_frames: int, clips: int) -> list[int]:
-    """First frames of clips whose centres are spread evenly, as in VCOP; each start once.
+    """First frames of clips whose centres are spread evenly, as in VCOP; in a short video some coincide.
 
-    A video shorter than a clip has a single start, 0.
+    A video no longer than a clip has a single start, 0.
     """
     if frames <= clip_frames:
         return [0]
     half = clip_frames // 2
     centres = np.linspace(half, frames - (clip_frames - half), clips)
-    return sorted({int(centre) - half for centre in centres})
+    return [int(centre) - half for centre in centres]
 
 
 def cut(frames: Frames, start: int, clip_frames: int) -> Frames:

@@ -38,7 +38,7 @@ class TrainedRun:
     """What a finished run leaves."""
 
     checkpoint: Path
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the last logged step; empty if nothing was left to do
     unreadable: list[Unreadable]
 
 
@@ -70,6 +70,7 @@ def train(
     path = out / checkpoint.FILE
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optimizer)
+    resumed = path.exists()
     step, unreadable = _restore(kind, config, path, model, optimizer)
 
     loader = training_loader(
@@ -146,7 +147,8 @@ def train(
             if step % config.checkpoint_every == 0 and step < total:
                 save()
             bar.advance()
-        save()
+        if not (resumed and len(loader) == 0):  # a finished run is left as it is
+            save()
     journal.close()
     if unreadable:
         videos = (

@@ -122,11 +122,11 @@ def draw_boxes(
         side = (torch.tensor(config.scales)[choice] * short).round()
     else:
         side = torch.full((batch,), float(config.crop_size))
-    place = torch.full((2, batch), 0.5)
+    margin = torch.stack([width - side, height - side])
+    left, top = (margin / 2).floor()
     if config.random_crop:
-        place = torch.rand(2, batch, generator=generator)
-    left = (place[0] * (width - side)).round()
-    top = (place[1] * (height - side)).round()
+        place = torch.rand(2, batch, generator=generator) * (margin + 1)
+        left, top = torch.minimum(place.floor(), margin)  # a product may round up to margin + 1
     mirrored = torch.zeros(batch, dtype=torch.bool)
     if config.flip:
         mirrored = torch.rand(batch, generator=generator) < 0.5

@@ -68,7 +68,7 @@ def test_failed_write_leaves_the_old_file(
 
 
 def test_killed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing cleans up after a kill: what was half written lies beside, and the next save replaces it."""
+    """The half that was written is taken away, or replaced by the next save where nothing could run."""
 
     def die(state: Any, file: BinaryIO) -> None:
         file.write(b"the first half")
@@ -79,6 +79,8 @@ def test_killed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(path, "pretrain", {**STATE, "step": 8})
     assert checkpoint.load(path, "pretrain")["step"] == 7
+    assert list(path.parent.iterdir()) == [path]
+    (path.parent / ".checkpoint.pt.partial").write_bytes(b"left by kill -9")
     checkpoint.save(path, "pretrain", {**STATE, "step": 8})
     assert checkpoint.load(path, "pretrain")["step"] == 8
     assert list(path.parent.iterdir()) == [path]

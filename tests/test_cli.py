@@ -111,7 +111,7 @@ def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -
         (["pretrain", "--data=DATA", "--backbone=vgg"], "backbone: expected one of 'c3d'"),
         (
             ["pretrain", "--data=DATA", "--preset=x"],
-            "invalid choice: 'x' (choose from 'table1-sc5'",
+            "preset is 'x'; it must be one of table1-sc5, ",
         ),
         (["pretrain", "--data=DATA", "--config=nope.yaml"], "nope.yaml"),
         (["pretrain", "--data=DATA", "--objective.temperature=0"], "objective.temperature is 0"),

@@ -93,12 +93,23 @@ def test_half_a_split(root: Path) -> None:
         ("trainlist01.txt", "v_a.avi 1\n", "'v_a.avi 1' is not of the form 'Class/video.avi'"),
         ("trainlist01.txt", "Yoga/v.avi 1\n", "names class Yoga, which has no folder"),
         ("testlist01.txt", "Archery/v_x.avi\n", "names Archery/v_x.avi, which is missing"),
-        ("trainlist01.txt", "Archery/v_a, b.avi 1\n", "lists no video of class HandstandPushups"),
+        (
+            "trainlist01.txt",
+            "Archery/v_a g1 (2).avi 1\n",
+            "lists no video of class HandstandPushups",
+        ),
     ],
 )
 def test_wrong_lists(name: str, text: str, message: str, root: Path) -> None:
     replace_list(root, name, text)
     with pytest.raises(InputError, match=message):
+        index_ucf101(root)
+
+
+def test_video_in_both_lists(root: Path) -> None:
+    """A test video that was trained on would spoil every number."""
+    replace_list(root, "testlist01.txt", LISTS["testlist01.txt"] + "Archery/v_a g1 (2).avi\r\n")
+    with pytest.raises(InputError, match=r"v_a g1 \(2\).avi is in the train and the test list"):
         index_ucf101(root)
 
 

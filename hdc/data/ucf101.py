@@ -50,9 +50,13 @@ def index_ucf101(
         lists = {part: root / LISTS / f"{part}list{split:02}.txt" for part in ("train", "test")}
         if split > 1 and not any(file.exists() for file in lists.values()):
             continue
-        parts[f"split{split}"] = {
-            video: part for part, file in lists.items() for video in _listed(file, folders)
-        }
+        listed = {part: _listed(file, folders) for part, file in lists.items()}
+        both = set(listed["train"]) & set(listed["test"])
+        if both:
+            raise InputError(
+                f"{root / LISTS}: {min(both).name} is in the train and the test list of split {split}"
+            )
+        parts[f"split{split}"] = {video: part for part in listed for video in listed[part]}
     videos = sorted({video for column in parts.values() for video in column})
     empty = sorted(set(classes) - {video.parent.name for video in videos})
     if empty:

@@ -1,0 +1,52 @@
+"""The demo at a small size: everything is made, shown and found again on a second call."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from hdc.cli import main
+
+SMALL = ["--train_videos=35", "--test_videos=5", "--epochs=1", "--finetune_epochs=1"]
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["demo", f"--out={tmp_path}", "--compare", *SMALL]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for name in ("random", "SC", "TC", "SC+TC", "HDC", "chance"):
+        assert f" {name} " in shown
+    results = json.loads((tmp_path / "results.json").read_text())
+    for path in ("retrieval.png", "results.json", "data"):
+        assert str(tmp_path / path) in shown
+
+    # "both" is a hit only where motion and appearance are, and the takes number 5 × 6.
+    for model in results["models"].values():
+        nearest = model["nearest"]
+        assert nearest["both"] <= min(nearest["motion"], nearest["appearance"])
+        for value in nearest.values():
+            assert value * 30 / 100 == pytest.approx(round(value * 30 / 100))
+
+    # The figure is an image with green and red in it.
+    with av.open(str(tmp_path / "retrieval.png")) as container:
+        image = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    for color in ((0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)):
+        assert (image == np.array(color)).all(-1).any()
+
+    # A second call finds videos and runs, and comes to the same numbers.
+    checkpoint = tmp_path / "pretrain-HDC" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    assert main(command) == 0
+    assert checkpoint.read_bytes() == before
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_other_videos_in_the_folder_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "recipe.json").write_text('{"train": 1}')
+    assert main(["demo", f"--out={tmp_path}", *SMALL]) == 2
+    assert "holds videos made with other settings" in capsys.readouterr().err
