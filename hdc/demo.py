@@ -73,7 +73,7 @@ class DemoConfig:
     fixed_appearance: bool = False
     train_videos: int = 200
     test_videos: int = 100
-    epochs: int = 70
+    epochs: int = 80
     finetune_epochs: int = 8
 
     def __post_init__(self) -> None:
@@ -134,16 +134,13 @@ def demo(config: DemoConfig) -> dict[str, ModelResult]:
 def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
     """The videos, made once: a second call with the same settings finds them."""
     root = Path(config.out) / "data"
-    recipe = {
-        "train": config.train_videos,
-        "test": config.test_videos,
-        "seed": config.seed,
-        "fixed_appearance": int(config.fixed_appearance),
+    settings = {
+        name: value for name, value in vars(config).items() if name not in ("out", "compare")
     }
-    stamp = root / "recipe.json"
+    stamp = root / "settings.json"
     if stamp.exists():
-        if json.loads(stamp.read_text()) != recipe:
-            raise InputError(f"{root} holds videos made with other settings; choose another --out")
+        if json.loads(stamp.read_text()) != settings:
+            raise InputError(f"{config.out} holds a demo with other settings; choose another --out")
         return read_manifest(root / "manifest.csv"), read_manifest(root / "takes.csv")
     with console.status(f"making {config.train_videos + config.test_videos} videos"):
         manifests = make_dataset(
@@ -153,7 +150,7 @@ def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
             seed=config.seed,
             fixed_appearance=config.fixed_appearance,
         )
-    atomic.write_text(stamp, json.dumps(recipe) + "\n")  # last: it says that the rest is complete
+    atomic.write_text(stamp, json.dumps(settings) + "\n")  # last: it says that the rest is complete
     return manifests
 
 

@@ -47,6 +47,6 @@ def test_other_videos_in_the_folder_are_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "recipe.json").write_text('{"train": 1}')
+    (tmp_path / "data" / "settings.json").write_text('{"seed": 1}')
     assert main(["demo", f"--out={tmp_path}", *SMALL]) == 2
-    assert "holds videos made with other settings" in capsys.readouterr().err
+    assert "holds a demo with other settings" in capsys.readouterr().err
