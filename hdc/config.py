@@ -79,7 +79,7 @@ class CommandConfig:
         backbone: the encoder.
         norm_eps: epsilon of the instance norms (Keras implementations use 1e-3).
         norm_affine: learned scale and shift in the instance norms.
-        precision: "bf16" runs the encoder under bfloat16 autocast; losses stay in float32.
+        precision: "bf16" runs the encoder under bfloat16 autocast on a GPU; losses stay in float32.
         device: "auto" takes the GPU if there is one.
         workers: decoding processes; null takes one per core, at most 16, where a GPU computes, and none
             where the CPU does (they would fight for its cores).

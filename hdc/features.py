@@ -46,7 +46,7 @@ def load_encoder(config: CommandConfig, path: str | None) -> Backbone:
     )
     if path is not None:
         checkpoint.load_backbone_weights(backbone, config.backbone, Path(path))
-    return backbone.to(pick_device(config.device)).eval()
+    return backbone.to(pick_device(config)).eval()
 
 
 def clip_starts(frames: int, clip_frames: int, clips: int) -> list[int]:

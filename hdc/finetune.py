@@ -46,7 +46,7 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
         )
     videos.check_files()
     backbone = load_encoder(config, config.checkpoint)
-    model = Classifier(backbone, len(names), config.dropout).to(pick_device(config.device))
+    model = Classifier(backbone, len(names), config.dropout).to(pick_device(config))
     dataset = TrainingClips(videos, ids, config.clips, views=1, seed=config.seed)
 
     def step_loss(

@@ -26,7 +26,7 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
     )
     model = HDC(
         backbone, objective.spatial_scales, objective.temporal_scales, objective.projection_dim
-    ).to(pick_device(config.device))
+    ).to(pick_device(config))
     videos = manifest.rows("train", config.split)
     videos.check_files()
     dataset = TrainingClips(

@@ -63,7 +63,7 @@ def load_classifier(config: TestConfig) -> tuple[Classifier, tuple[str, ...]]:
     model = Classifier(backbone, len(classes), dropout=0.0)
     source = f"{config.checkpoint} (backbone {state['config']['backbone']})"
     checkpoint.load_strict(model, state["model"], source, f"backbone {config.backbone}")
-    return model.to(pick_device(config.device)).eval(), classes
+    return model.to(pick_device(config)).eval(), classes
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from hdc import atomic, checkpoint
 from hdc.config import TrainConfig, to_dict
-from hdc.data.clips import TrainingClips, Unreadable, training_loader
+from hdc.data.clips import Batch, TrainingClips, Unreadable, training_loader
 from hdc.device import decoding_workers
 from hdc.errors import InputError
 from hdc.journal import Journal
@@ -102,7 +102,21 @@ def train(
             },
         )
 
-    generator = Generator()
+    def update(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        clips = batch.clips.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        value = step_seed(config.seed, step)
+        torch.manual_seed(value)  # dropout, on every device
+        generator = Generator().manual_seed(value)  # augmentations
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, values = step_loss(clips, labels, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        return loss.detach(), values
+
     metrics: dict[str, float] = {}
     journal = Journal(out, step)
     model.train()
@@ -116,27 +130,19 @@ def train(
                 unreadable[entry.path] = entry
             rate = set_rate(optimizer, config.optimizer, step)
             if len(batch.labels) >= 2:
-                _seed_step(config.seed, step, generator)
-                clips = batch.clips.to(device, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=config.precision == "bf16"
-                ):
-                    loss, values = step_loss(clips, labels, generator)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if config.optimizer.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-                optimizer.step()
+                loss, values = update(batch)
                 clips_done += batch.clips.shape[0] * batch.clips.shape[1]
                 if step % config.log_every == 0 or step + 1 == total:
                     metrics = {"loss": loss.item(), **{k: v.item() for k, v in values.items()}}
                     if not math.isfinite(metrics["loss"]):
                         raise _diverged(step, path)
                     speed = clips_done / (time.perf_counter() - since)
-                    epoch = step // loader.batch_sampler.steps_per_epoch  # type: ignore[union-attr]
                     journal.write(
-                        step, epoch=epoch, lr=rate, clips_per_second=round(speed, 1), **metrics
+                        step,
+                        epoch=step // (len(dataset) // config.batch_size),
+                        lr=rate,
+                        clips_per_second=round(speed, 1),
+                        **metrics,
                     )
                     bar.advance(0, f"{status(metrics)}  {speed:.0f} clips/s")
             elif step == 0 and len(unreadable) >= config.batch_size:
@@ -164,12 +170,6 @@ def step_seed(seed: int, step: int) -> int:
     """A 63-bit seed for one step of one run; neighbouring steps get unrelated streams."""
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     return int(state[0]) >> 1
-
-
-def _seed_step(seed: int, step: int, generator: Generator) -> None:
-    value = step_seed(seed, step)
-    generator.manual_seed(value)  # augmentations
-    torch.manual_seed(value)  # dropout, on every device
 
 
 def _restore(

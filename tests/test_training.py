@@ -166,17 +166,34 @@ def test_divergence_keeps_the_last_good_checkpoint(videos: Path, tmp_path: Path)
     assert torch.load(tmp_path / checkpoint.FILE, weights_only=True)["step"] == 2
 
 
-def test_bf16_and_gradient_clipping_take_steps(videos: Path, tmp_path: Path) -> None:
-    """Autocast leaves the loss in float32; clipping at 1e-9 freezes the weights but for the decay."""
+def test_gradient_clipping(videos: Path, tmp_path: Path) -> None:
+    """Clipped to a norm of 1e-9, without decay and momentum, nothing moves."""
     manifest = read_manifest(videos / "manifest.csv")
     optimizer = OptimizerConfig(clip_norm=1e-9, weight_decay=0.0, momentum=0.0)
-    config = settings(videos, tmp_path / "run", precision="bf16", optimizer=optimizer)
-    pretrain(replace(config, epochs=1, out=str(tmp_path / "one")), manifest)
-    pretrain(config, manifest)
-    first, last = weights(tmp_path / "one"), weights(tmp_path / "run")
-    assert all(value.dtype == torch.float32 for value in last.values())
+    pretrain(settings(videos, tmp_path / "one", epochs=1, optimizer=optimizer), manifest)
+    pretrain(settings(videos, tmp_path / "two", optimizer=optimizer), manifest)
+    first, last = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((first[k] - last[k]).abs().max().item() for k in first) < 1e-8
-    assert all(abs(loss) < 1e3 for _, loss in losses(tmp_path / "run"))
+
+
+def test_bf16(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop under autocast: weights and loss stay in float32, and the loss is about the same.
+
+    A CPU is refused for its convolutions, so these run without oneDNN.
+    """
+    manifest = read_manifest(videos / "manifest.csv")
+    config = settings(videos, tmp_path / "bf16", precision="bf16", epochs=1)
+    with pytest.raises(InputError, match="precision is 'bf16' but the device is the CPU"):
+        pretrain(config, manifest)
+    monkeypatch.setattr("hdc.pretrain.pick_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("hdc.training.decoding_workers", lambda _: 0)
+    with torch.backends.mkldnn.flags(enabled=False):
+        pretrain(config, manifest)
+        pretrain(settings(videos, tmp_path / "float32", epochs=1), manifest)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16").values())
+    low, full = losses(tmp_path / "bf16")[0][1], losses(tmp_path / "float32")[0][1]
+    assert low != full
+    assert low == pytest.approx(full, rel=0.02)
 
 
 def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: Path) -> None:
@@ -217,3 +234,10 @@ def test_finetuning_needs_every_class_in_the_training_list(videos: Path, tmp_pat
     )
     with pytest.raises(InputError, match="class Up has no training videos in split 1"):
         finetune(config, read_manifest(manifest))
+
+
+def test_fewer_epochs_than_done_is_nothing_left_to_do(videos: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path), manifest)
+    assert pretrain(settings(videos, tmp_path, epochs=1, resume=True), manifest).metrics == {}
+    assert torch.load(tmp_path / checkpoint.FILE, weights_only=True)["step"] == 4

@@ -80,7 +80,7 @@ class Batches(Sampler[list[Key]]):
         self.steps_per_epoch = rows // batch_size
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.first_step
+        return max(0, self.epochs * self.steps_per_epoch - self.first_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
         first_epoch, skip = divmod(self.first_step, self.steps_per_epoch)
