@@ -293,7 +293,7 @@ def _show(results: dict[str, ModelResult], seconds: float) -> None:
         table.add_row(what, *cells, f"{chance:.1f}", end_section=what.endswith("both"))
     console.print(table)
     console.print(
-        "nearest: the nearest training take has the same label; probe: a linear classifier on frozen\n"
+        "nearest: the nearest training take has the same label; probe: a linear classifier on frozen "
         "features finds the label; finetuned: all weights trained on the labels, five crops × clips",
         style="dim",
         highlight=False,
