@@ -1,10 +1,11 @@
 """Files that are there whole or not at all, whatever kills the process while they are written."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hdc.errors import InputError
 
@@ -44,6 +45,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write` for UTF-8 text."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write` for plain values, one to a line."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_folder(folder: Path) -> None:

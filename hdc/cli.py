@@ -187,11 +187,10 @@ def parse(name: str, command: Command, options: list[str]) -> Any:
     parser = ArgumentParser(
         prog=f"hdc-train {name}",
         usage=f"hdc-train {name} [--option value ...]",
-        description=f"{command.run.__doc__}",
+        description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
         formatter_class=_HelpFormatter,
-        default_env=False,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of options (a run writes its own)"

@@ -3,8 +3,8 @@
 Values arrive as defaults, then from a preset, then from a YAML file, then from the command line.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from hdc.backbones import BackboneName
 from hdc.data.clips import ClipConfig
@@ -149,8 +149,9 @@ class PretrainConfig(TrainConfig):
             raise InputError("batch_size is 1; a contrastive loss needs at least 2 videos")
 
 
-def _finetune_augment() -> AugmentConfig:
-    return AugmentConfig(color_jitter=False, channel_replication=False)
+def finetune_augment(crop_size: int = 112) -> AugmentConfig:
+    """The paper's augmentations in finetuning: crops, scale jitter and flips, nothing on the colours."""
+    return AugmentConfig(crop_size=crop_size, color_jitter=False, channel_replication=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class FinetuneConfig(TrainConfig):
     epochs: int = 50
     batch_size: int = 32
     dropout: float = 0.5
-    augment: AugmentConfig = field(default_factory=_finetune_augment)
+    augment: AugmentConfig = field(default_factory=finetune_augment)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.01))
 
     def __post_init__(self) -> None:
@@ -260,8 +261,3 @@ def _check_crop(crop_size: int, clips: ClipConfig) -> None:
             f"crop_size is {crop_size}, larger than frames with a short side of {clips.size}; "
             "lower it or raise --clips.size"
         )
-
-
-def to_dict(config: CommandConfig) -> dict[str, Any]:
-    """Plain nested values, for YAML and checkpoints."""
-    return asdict(config)

@@ -19,6 +19,7 @@ from hdc.config import (
     FinetuneConfig,
     PretrainConfig,
     TestConfig,
+    finetune_augment,
 )
 from hdc.data.clips import ClipConfig
 from hdc.data.manifest import Manifest, read_manifest
@@ -33,7 +34,6 @@ from hdc.progress import console
 from hdc.recognition import TestResult, test
 from hdc.retrieval import RetrievalResult
 from hdc.retrieval_figure import Column, draw_retrievals
-from hdc.views import AugmentConfig
 
 CHANCE = {
     "appearance": 100 / len(TEXTURES),
@@ -150,7 +150,7 @@ def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
             seed=config.seed,
             fixed_appearance=config.fixed_appearance,
         )
-    atomic.write_text(stamp, json.dumps(settings) + "\n")  # last: it says that the rest is complete
+    atomic.write_json(stamp, settings)  # last: it says that the rest is complete
     return manifests
 
 
@@ -218,10 +218,7 @@ def _finetune_and_test(
             checkpoint=path,
             epochs=config.finetune_epochs,
             batch_size=32,
-            augment=replace(
-                AugmentConfig(color_jitter=False, channel_replication=False), crop_size=CROP
-            ),
-            optimizer=OptimizerConfig(lr=0.01),
+            augment=finetune_augment(CROP),
             resume=True,
         ),
         videos,
@@ -255,7 +252,7 @@ def _write_results(path: Path, config: DemoConfig, results: dict[str, ModelResul
             for name, result in results.items()
         },
     }
-    atomic.write_text(path, json.dumps(summary, indent=1) + "\n")
+    atomic.write_json(path, summary)
 
 
 def _show(results: dict[str, ModelResult], seconds: float) -> None:

@@ -82,7 +82,7 @@ def make_views(
     if objective.spatial_scales:
         view_s = augment(clips[0], config.augment, generator)
     if objective.temporal_scales:
-        plain = config.augment.spatial_only_center()
+        plain = config.augment.center_only()
         view_t = augment(
             clips[1], config.augment if objective.augment_temporal else plain, generator
         )

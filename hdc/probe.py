@@ -1,6 +1,5 @@
 """A linear probe: multinomial logistic regression on frozen, standardised features."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,5 +87,5 @@ def probe(config: ProbeConfig, manifest: Manifest) -> ProbeResult:
         "test_accuracy": result.test_accuracy,
         "unreadable": [entry._asdict() for entry in (*train.unreadable, *test.unreadable)],
     }
-    atomic.write_text(Path(config.out) / "probe.json", json.dumps(summary, indent=1) + "\n")
+    atomic.write_json(Path(config.out) / "probe.json", summary)
     return result

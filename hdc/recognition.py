@@ -1,6 +1,5 @@
 """Testing a finetuned model: five crops of every non-overlapping clip, class scores averaged per video."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,5 +114,5 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
             for row, predicted in predictions
         ],
     }
-    atomic.write_text(Path(config.out) / "test.json", json.dumps(summary, indent=1) + "\n")
+    atomic.write_json(Path(config.out) / "test.json", summary)
     return result

@@ -1,6 +1,5 @@
 """Nearest-neighbour retrieval: test videos query the training videos (the paper's Section 4.3)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,5 +87,5 @@ def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
             for row, found in enumerate(result.neighbors[:, 0].tolist())
         ],
     }
-    atomic.write_text(Path(config.out) / "retrieval.json", json.dumps(summary, indent=1) + "\n")
+    atomic.write_json(Path(config.out) / "retrieval.json", summary)
     return result

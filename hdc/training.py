@@ -8,7 +8,7 @@ its last checkpoint goes through the same weights as one that was not.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 from torch import Generator, Tensor, nn
 
 from hdc import atomic, checkpoint
-from hdc.config import TrainConfig, to_dict
+from hdc.config import TrainConfig
 from hdc.data.clips import Batch, TrainingClips, Unreadable, training_loader
 from hdc.device import decoding_workers
 from hdc.errors import InputError
@@ -82,7 +82,7 @@ def train(
         pin_memory=device.type == "cuda",
     )
     total = step + len(loader)
-    stored = to_dict(config)
+    stored = asdict(config)
     atomic.write_text(out / "config.yaml", yaml.safe_dump(_plain(stored), sort_keys=False))
 
     def save() -> None:
@@ -185,7 +185,7 @@ def _restore(
     if not config.resume:
         raise InputError(f"{path} exists; add --resume to go on with it, or choose another --out")
     state = checkpoint.load(path, kind)
-    ours, theirs = to_dict(config), state["config"]
+    ours, theirs = asdict(config), state["config"]
     different = [
         key
         for key in ours

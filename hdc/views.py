@@ -66,7 +66,7 @@ class AugmentConfig:
                     f"{name} is {getattr(self, name)}; it must be between 0 and {most}"
                 )
 
-    def spatial_only_center(self) -> "AugmentConfig":
+    def center_only(self) -> "AugmentConfig":
         """The same crop size with every transformation off: a plain centre crop."""
         return AugmentConfig(
             crop_size=self.crop_size,

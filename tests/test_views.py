@@ -51,7 +51,7 @@ def test_everything_off_is_a_centre_crop() -> None:
     clips = random_clips()
     pixels = to_pixels(view(clips, PLAIN))
     np.testing.assert_allclose(pixels, clips[:, :, 2:22, 6:26].numpy(), atol=1e-2)
-    assert EVERYTHING.spatial_only_center() == PLAIN
+    assert EVERYTHING.center_only() == PLAIN
 
 
 def test_black_and_white_are_the_ends_of_the_range() -> None:
