@@ -1,0 +1,43 @@
+// The plain C interface of the CPU kernels: pointers, sizes and strides. No torch, no Python.
+//
+// What is computed is defined in hdc_kernels/backends/__init__.py; how, in contrast_kernel.h.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum HdcTask : int64_t { HDC_FORWARD = 0, HDC_BACKWARD = 1, HDC_STEP = 2 };
+
+// What the embeddings are stored in. float64 is computed in float64, everything else in float32.
+enum HdcDtype : int64_t { HDC_FLOAT64 = 0, HDC_FLOAT32 = 1, HDC_BFLOAT16 = 2, HDC_FLOAT16 = 3 };
+
+struct HdcMatrix {  // [groups, rows, width]; strides in elements
+    void* data;
+    int64_t group_stride, row_stride, column_stride;
+};
+
+struct HdcProblem {  // one pair of embeddings; dx and dy are read only by HDC_BACKWARD and HDC_STEP
+    HdcMatrix x, y, dx, dy;
+    int64_t groups, rows, columns, width;  // x is [groups, rows, width], y [groups, columns, width]
+    double weight;                         // of every term of this pair in the total
+};
+
+struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embeddings are computed in
+    int64_t task, dtype, normalize, symmetric, threads, problems;
+    double temperature;
+    void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
+    void* terms;           // [T]                                    written by FORWARD, STEP
+    uint8_t* hits;         // [T]: the positive beats all negatives  written by FORWARD, STEP
+    double* lse;           // [T], symmetric [2, T]: of negatives    written by FORWARD, STEP; read by BACKWARD
+    const void* upstream;  // [T]                                    read by BACKWARD
+    void* d_temperature;   // [1]                                    written by BACKWARD, STEP
+};
+
+// 0, or 1 if there is not enough memory for the scratch; nothing is then written.
+int hdc_contrast(const HdcCall* call, const HdcProblem* problems);
+
+// The instruction set that hdc_contrast runs on: "avx512", "avx2" or "portable".
+const char* hdc_instruction_set();
+
+}  // extern "C"

@@ -1,0 +1,148 @@
+// The kernels for one instruction set: this file is compiled once for each, with HDC_ISA its name and
+// HDC_VECTOR_BYTES the width of its vectors. Here the groups are dealt out to threads.
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "contrast_kernel.h"
+
+namespace HDC_ISA {
+namespace {
+
+int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// The scratch of the threads that work on one group together.
+template <typename T>
+struct Team {
+    Scratch scratch;
+    Packed<T> packed;
+    std::vector<Private<T>> own;
+
+    void lay_out(const HdcProblem& problem, const HdcCall& call) {
+        scratch.rewind();
+        packed.lay_out(scratch, problem, call.symmetric);
+        for (Private<T>& thread : own) thread.lay_out(scratch, problem, call, int(own.size()));
+    }
+
+    bool allocate(int threads, const HdcCall& call, const HdcProblem* problems) {
+        own.resize(size_t(threads));
+        for (int64_t k = 0; k < call.problems; k++) lay_out(problems[k], call);
+        return scratch.allocate();
+    }
+};
+
+template <typename T, typename Stored>
+class Calculation {
+    struct Item {
+        const HdcProblem* problem;
+        int64_t group, row;  // which of the problem's groups; its first row in the flat outputs
+    };
+
+    const HdcCall& call;
+    const HdcProblem* problems;
+    int64_t rows = 0;  // of all groups
+    std::vector<Item> items;
+
+    static HdcMatrix at(const HdcMatrix& matrix, int64_t group) {
+        return {static_cast<Stored*>(matrix.data) + group * matrix.group_stride, 0, matrix.row_stride, matrix.column_stride};
+    }
+
+    Group<T> group_of(const Item& item) const {
+        const HdcProblem& p = *item.problem;
+        double* lse = call.lse + item.row;
+        return {at(p.x, item.group), at(p.y, item.group), at(p.dx, item.group), at(p.dy, item.group),
+                p.rows, p.columns, p.width, p.weight,
+                static_cast<T*>(call.terms) + item.row, call.hits + item.row, lse, lse + rows,
+                static_cast<const T*>(call.upstream) + item.row};
+    }
+
+    void run(const Item& item, Team<T>& team) const {
+        team.lay_out(*item.problem, call);
+        const Group<T> group = group_of(item);
+        const int threads = int(team.own.size());
+        const bool saved = call.task == HDC_BACKWARD, one_pass = call.task == HDC_STEP && !call.symmetric;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            Contrast<T, Stored> work(call, group, team.packed, team.own[size_t(thread_index())]);
+            const Share mine = share_of(group.rows, thread_index(), threads, TILE_ROWS);
+            const Share columns = share_of(group.columns, thread_index(), threads, Packed<T>::W);
+            work.pack_x(mine);
+            work.pack_y(columns);
+#pragma omp barrier
+            work.dot_positives(mine);
+            if (one_pass) {
+                work.step(mine);
+                work.finish_terms(mine);
+            } else if (!saved) {
+                work.forward(mine);
+#pragma omp barrier
+                work.merge_columns(columns, team.own);
+#pragma omp barrier
+                work.finish_terms(mine);
+            }
+            if (call.task != HDC_FORWARD && !one_pass) {
+                work.weigh(mine, saved);
+#pragma omp barrier
+                work.backward(mine);
+            }
+#pragma omp barrier
+            if (call.task != HDC_FORWARD) work.finish_dy(columns, team.own);
+        }
+    }
+
+  public:
+    Calculation(const HdcCall& call, const HdcProblem* problems) : call(call), problems(problems) {
+        for (int64_t k = 0; k < call.problems; k++)
+            for (int64_t g = 0; g < problems[k].groups; g++) {
+                items.push_back({&problems[k], g, rows});
+                rows += problems[k].rows;
+            }
+    }
+
+    // As many groups as there are threads, or a multiple, run side by side, each on one thread. The rest
+    // follow one after the other, each on all threads.
+    int operator()() const {
+        const int64_t threads = call.threads, count = int64_t(items.size()), side_by_side = count / threads * threads;
+        std::unique_ptr<Team<T>[]> soloists(new Team<T>[size_t(threads)]);
+        Team<T> together;
+        for (int64_t t = 0; t < threads && side_by_side; t++)
+            if (!soloists[size_t(t)].allocate(1, call, problems)) return 1;
+        if (side_by_side < count && !together.allocate(int(threads), call, problems)) return 1;
+
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (threads > 1)
+        for (int64_t i = 0; i < side_by_side; i++) run(items[size_t(i)], soloists[size_t(thread_index())]);
+        for (int64_t i = side_by_side; i < count; i++) run(items[size_t(i)], together);
+
+        double total = 0, d_temperature = 0;
+        const auto add = [&](const Team<T>& team) {
+            for (const Private<T>& thread : team.own) total += thread.total, d_temperature += thread.d_temperature;
+        };
+        for (int64_t t = 0; t < threads; t++) add(soloists[size_t(t)]);
+        add(together);
+        if (call.task != HDC_BACKWARD) *static_cast<T*>(call.total) = T(total);
+        if (call.task != HDC_FORWARD) *static_cast<T*>(call.d_temperature) = T(d_temperature);
+        return 0;
+    }
+};
+
+}  // namespace
+
+int contrast(const HdcCall& call, const HdcProblem* problems) {
+    switch (call.dtype) {
+        case HDC_FLOAT64: return Calculation<double, double>(call, problems)();
+        case HDC_FLOAT32: return Calculation<float, float>(call, problems)();
+        case HDC_BFLOAT16: return Calculation<float, BFloat16>(call, problems)();
+        default: return Calculation<float, Float16>(call, problems)();
+    }
+}
+
+}  // namespace HDC_ISA

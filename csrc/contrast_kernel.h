@@ -1,0 +1,531 @@
+// The contrastive primitive on CPUs, one independent problem ("group") at a time.
+//
+//   S = X̂ Ŷᵀ / τ,   lse_i = log Σ_{j≠i} exp S_ij,   term_i = log(1 + exp(lse_i − S_ii))
+//
+// The positives never enter a product of matrices: near convergence the gradient is a small difference
+// of large terms, and Σ_{j≠i} − (the rest) has no such difference. S_ii is summed in float64.
+//
+// The rows of X are cut into panels of at most PANEL_ROWS, the columns (rows of Y) into blocks of BLOCK.
+//
+//   STEP      3 products. Per panel: S of all blocks, into a scratch panel, and the rows' maxima; block by
+//             block E = exp(S − max), its row sums and O += E·Ŷ; then, as the sums are known, so is the
+//             coefficient of every row, w_i = weight·p_i / Σ_j E_ij with p_i = 1 − exp(−term_i), and
+//             dŶ += Eᵀ·(w X̂).  dx̂_i = (w_i O_i − weight·p_i ŷ_i) / τ.
+//   FORWARD   1 product. Block by block: running maxima and sums of rows and, if symmetric, of columns.
+//   BACKWARD  3 products. Block by block: the coefficients of S from the saved logsumexps; O, dŶ as above.
+//
+// A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are.
+//
+// Memory: copies of X̂ and Ŷ in the layouts that the products want, one panel and one dŶ for each thread.
+// Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
+// 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
+// in a fixed order, so a result depends on the number of threads but not on chance.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "contrast.h"
+#include "multiply.h"
+#include "numbers.h"
+#include "scratch.h"
+
+namespace HDC_ISA {
+
+constexpr double ZERO_NORM = 1e-12;  // as in hdc_kernels/reference.py
+constexpr double LOG2E = 1.4426950408889634;
+constexpr int64_t PANEL_ROWS = 256;
+constexpr int64_t PANEL_BYTES = 64 << 20;  // above this, panels get fewer rows
+constexpr int64_t BLOCK = 128;
+
+template <typename T>
+constexpr int64_t BLOCK_STRIDE = BLOCK + 64 / int64_t(sizeof(T));  // one cache line more: no aliasing in L1
+
+// Below every logit, and finite: (LOWEST − LOWEST) is 0, where −inf would give NaN.
+template <typename T>
+constexpr T LOWEST = std::numeric_limits<T>::lowest() / 4;
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Share {  // of a thread
+    int64_t begin, end;
+};
+
+inline Share share_of(int64_t count, int thread, int threads, int64_t multiple = 1) {
+    const int64_t each = round_up((count + threads - 1) / threads, multiple);
+    return {std::min(count, thread * each), std::min(count, (thread + 1) * each)};
+}
+
+// One group of one problem: what it reads and writes.
+template <typename T>
+struct Group {
+    HdcMatrix x, y, dx, dy;  // data already at this group
+    int64_t rows, columns, width;
+    double weight;
+    T* terms;
+    uint8_t* hits;
+    double *row_lse, *column_lse;
+    const T* upstream;
+};
+
+// What all threads of a group share.
+template <typename T>
+struct Packed {
+    static constexpr int64_t W = TILE_WIDTH<T>;
+
+    int64_t width, columns;               // rounded up to whole tiles
+    T *x, *y, *y_transposed;              // [rows, width]; [width / W, columns, W]; [columns / W, D, W]
+    double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
+    double *positive;                     // S_ii τ
+    double *row_lse, *column_lse;         // of the negatives
+    double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
+
+    void lay_out(Scratch& scratch, const HdcProblem& problem, bool symmetric) {
+        width = round_up(problem.width, W);
+        columns = round_up(problem.columns, W);
+        scratch.take(x, problem.rows * width);
+        scratch.take(y, columns * width);
+        scratch.take(y_transposed, columns * problem.width);
+        scratch.take(x_inverse, problem.rows);
+        scratch.take(y_inverse, problem.columns);
+        scratch.take(positive, problem.rows);
+        scratch.take(row_lse, problem.rows);
+        scratch.take(row_weight, problem.rows);
+        scratch.take(column_lse, symmetric ? problem.columns : 0);
+        scratch.take(column_weight, symmetric ? problem.columns : 0);
+    }
+};
+
+// What each thread has to itself.
+template <typename T>
+struct Private {
+    static constexpr int64_t W = TILE_WIDTH<T>;
+
+    int64_t panel_rows;
+    T* panel;       // STEP: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
+    T* sums;        // [width / W, panel_rows, W]: O
+    T* weighted;    // [width / W, panel_rows, W]: the panel of X̂, times what its rows weigh
+    T* dy;          // [width / W, columns, W]
+    T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
+    T* diagonal;               // [panel_rows]: S_ii τ out of the same product as the rest of the row
+    T *column_maximum, *column_sum;  // [columns]
+    T* tile;                         // [W, width]: a few rows of Ŷ
+    double total = 0, d_temperature = 0;  // sums over all groups that this thread saw
+
+    void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads) {
+        const int64_t width = round_up(problem.width, W), columns = round_up(problem.columns, W);
+        const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric;
+        const int64_t blocks = call.task == HDC_STEP && !symmetric ? round_up(problem.columns, BLOCK) / BLOCK : 1;
+        const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
+        const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable) / TILE_ROWS * TILE_ROWS);
+        // Equal panels: a share of 260 rows is two panels of 130, not one of 256 and one of 4.
+        const int64_t share = (problem.rows + threads - 1) / threads, panels = (share + most - 1) / most;
+        panel_rows = round_up((share + panels - 1) / panels, TILE_ROWS);
+        scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
+        scratch.take(row_maximum, panel_rows * LANES<T>);
+        scratch.take(row_sum, panel_rows * LANES<T>);
+        scratch.take(diagonal, panel_rows);
+        scratch.take(tile, W * width);
+        scratch.take(sums, gradients ? panel_rows * width : 0);
+        scratch.take(weighted, gradients ? panel_rows * width : 0);
+        scratch.take(dy, gradients ? columns * width : 0);
+        scratch.take(column_maximum, symmetric ? columns : 0);
+        scratch.take(column_sum, symmetric ? columns : 0);
+    }
+};
+
+template <typename T, typename Stored>
+class Contrast {
+    static constexpr int64_t V = LANES<T>, W = TILE_WIDTH<T>, STRIDE = BLOCK_STRIDE<T>;
+
+    const Group<T>& group;
+    const Packed<T>& packed;
+    Private<T>& own;
+    const bool normalize, symmetric;
+    const double scale;
+    const T scale2;  // for exp2
+    int64_t first = 0, count = 0;  // the rows of the current panel
+
+    T* block_of_panel(int64_t block) const { return own.panel + block * own.panel_rows * STRIDE; }
+
+    int64_t columns_of(int64_t block) const { return std::min(BLOCK, group.columns - block * BLOCK); }
+
+    int64_t blocks() const { return (group.columns + BLOCK - 1) / BLOCK; }
+
+    // Reads row `row` of `matrix` into `out`, unit length if asked for, and returns 1 / |row|.
+    double read(const HdcMatrix& matrix, int64_t row, T* out) const {
+        const Stored* from = static_cast<const Stored*>(matrix.data) + row * matrix.row_stride;
+        const int64_t width = group.width, stride = matrix.column_stride;
+        if (stride == 1)
+            for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d]);
+        else
+            for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d * stride]);
+        if (!normalize) return 1;
+        double squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t d = 0; d < width; d++) squares += double(out[d]) * double(out[d]);
+        const double norm = std::sqrt(squares), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
+        for (int64_t d = 0; d < width; d++) out[d] = T(double(out[d]) * inverse);
+        return inverse;
+    }
+
+    void write(const HdcMatrix& matrix, int64_t row, const T* values) const {
+        Stored* to = static_cast<Stored*>(matrix.data) + row * matrix.row_stride;
+        const int64_t width = group.width, stride = matrix.column_stride;
+        for (int64_t d = 0; d < width; d++) to[d * stride] = convert<Stored>(values[d]);
+    }
+
+    // S τ of one block of the current panel. Positives and the columns past the end become −inf.
+    void similarities(int64_t block, T* out) {
+        const int64_t begin = block * BLOCK, end = begin + columns_of(block);
+        for (int64_t column = begin; column < end; column += W)
+            multiply<T, BY_ROW, false>(count, packed.x + first * packed.width, packed.width,
+                                       packed.y_transposed + column * group.width, group.width,
+                                       out + (column - begin), STRIDE);
+        constexpr T nothing = -std::numeric_limits<T>::infinity();
+        for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
+            T& positive = out[(i - first) * STRIDE + (i - begin)];
+            own.diagonal[i - first] = positive;
+            positive = nothing;
+        }
+        const int64_t padded = std::min(round_up(end - begin, W), BLOCK);
+        if (end - begin < padded)
+            for (int64_t i = 0; i < count; i++) std::fill(out + i * STRIDE + (end - begin), out + i * STRIDE + padded, nothing);
+    }
+
+    // O += block · Ŷ
+    void add_to_sums(const T* coefficients, int64_t block) {
+        for (int64_t d = 0; d < packed.width; d += W)
+            multiply<T, BY_ROW, true>(count, coefficients, STRIDE, packed.y + d * packed.columns + block * BLOCK * W,
+                                      columns_of(block), own.sums + d * own.panel_rows, W);
+    }
+
+    // dŶ += blockᵀ · weighted X̂
+    void add_to_dy(const T* coefficients, int64_t block) {
+        for (int64_t d = 0; d < packed.width; d += W)
+            multiply<T, BY_STEP, true>(columns_of(block), coefficients, STRIDE, own.weighted + d * own.panel_rows, count,
+                                       own.dy + d * packed.columns + block * BLOCK * W, W);
+    }
+
+    // The panel of X̂ in slices of W, each row times its weight (1 without weights).
+    void weigh_rows(const double* weights) {
+        for (int64_t i = 0; i < count; i++) {
+            const T weight = weights ? T(weights[i]) : T(1);
+            const T* row = packed.x + (first + i) * packed.width;
+            for (int64_t d = 0; d < packed.width; d += W)
+                for (int64_t lane = 0; lane < W; lane++) own.weighted[d * own.panel_rows + i * W + lane] = row[d + lane] * weight;
+        }
+    }
+
+    // The larger one of the row's running maximum and the maximum over one block, in each lane.
+    Vector<T> maximum_of_row(const T* row, int64_t width, Vector<T> highest) const {
+        for (int64_t j = 0; j < width; j += V) highest = maximum<T>(highest, load(row + j));
+        return highest;
+    }
+
+    void start_rows() {
+        std::fill(own.row_maximum, own.row_maximum + count * V, LOWEST<T>);
+        std::fill(own.row_sum, own.row_sum + count * V, T(0));
+    }
+
+    // What is known of row i once Σ exp((S_ij − maximum) / τ) is.
+    void finish_row(int64_t i, T highest, double sum) {
+        const int64_t row = first + i;
+        packed.row_lse[row] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
+        group.row_lse[row] = packed.row_lse[row];
+        group.hits[row] = highest < own.diagonal[i] && sum == sum;
+    }
+
+    double term(double lse, int64_t row) const {
+        const double z = lse - packed.positive[row] * scale;
+        return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
+    }
+
+    double one_minus_probability(double lse, int64_t row) const {
+        return 1 / (1 + std::exp(packed.positive[row] * scale - lse));
+    }
+
+    // dx̂_i = (factor·O_i − weight·ŷ_i) / τ, then through the normalisation into the caller's gradient.
+    void finish_dx(int64_t i, double factor, double weight) {
+        T* row = own.tile;
+        const int64_t at = first + i;
+        const T* x = packed.x + at * packed.width;
+        double along = 0;  // x̂ · dx̂
+        for (int64_t d = 0; d < packed.width; d += W) {
+            const T* sum = own.sums + d * own.panel_rows + i * W;
+            const T* y = packed.y + d * packed.columns + at * W;
+#pragma omp simd reduction(+ : along)
+            for (int64_t lane = 0; lane < W; lane++) {
+                row[d + lane] = T(scale * (factor * double(sum[lane]) - weight * double(y[lane])));
+                along += double(row[d + lane]) * double(x[d + lane]);
+            }
+        }
+        own.d_temperature -= along * scale;
+        through_normalisation(row, x, along, packed.x_inverse[at]);
+        write(group.dx, at, row);
+    }
+
+    // (g − x̂ (x̂·g)) / |x|
+    void through_normalisation(T* gradient, const T* x, double along, double inverse) const {
+        if (!normalize) return;
+        for (int64_t d = 0; d < packed.width; d++)
+            gradient[d] = T((double(gradient[d]) - along * double(x[d])) * inverse);
+    }
+
+  public:
+    Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
+        : group(group), packed(packed), own(own), normalize(call.normalize), symmetric(call.symmetric),
+          scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
+
+    void pack_x(Share rows) {
+        for (int64_t i = rows.begin; i < rows.end; i++) {
+            T* row = packed.x + i * packed.width;
+            packed.x_inverse[i] = read(group.x, i, row);
+            std::fill(row + group.width, row + packed.width, T(0));
+        }
+    }
+
+    // `columns` begins at a whole tile.
+    void pack_y(Share columns) {
+        const int64_t width = group.width;
+        T* tile = own.tile;
+        for (int64_t begin = columns.begin; begin < columns.end; begin += W) {
+            const int64_t end = std::min(begin + W, columns.end);
+            std::fill(tile, tile + W * packed.width, T(0));
+            for (int64_t j = begin; j < end; j++) packed.y_inverse[j] = read(group.y, j, tile + (j - begin) * packed.width);
+            for (int64_t d = 0; d < packed.width; d += W)
+                for (int64_t j = 0; j < W; j++)
+                    std::copy_n(tile + j * packed.width + d, W, packed.y + d * packed.columns + (begin + j) * W);
+            T* transposed = packed.y_transposed + begin * width;
+            for (int64_t d = 0; d < width; d++)
+                for (int64_t j = 0; j < W; j++) transposed[d * W + j] = tile[j * packed.width + d];
+        }
+    }
+
+    void dot_positives(Share rows) {
+        for (int64_t i = rows.begin; i < rows.end; i++) {
+            double dot = 0;
+            for (int64_t d = 0; d < packed.width; d += W) {
+                const T* x = packed.x + i * packed.width + d;
+                const T* y = packed.y + d * packed.columns + i * W;
+#pragma omp simd reduction(+ : dot)
+                for (int64_t lane = 0; lane < W; lane++) dot += double(x[lane]) * double(y[lane]);
+            }
+            packed.positive[i] = dot;
+        }
+    }
+
+    // STEP, one direction: everything about these rows, and their part of dŶ.
+    void step(Share rows) {
+        std::fill(own.dy, own.dy + packed.columns * packed.width, T(0));
+        double factors[PANEL_ROWS];
+        for (first = rows.begin; first < rows.end; first += own.panel_rows) {
+            count = std::min(own.panel_rows, rows.end - first);
+            start_rows();
+            std::fill(own.sums, own.sums + own.panel_rows * packed.width, T(0));
+            for (int64_t block = 0; block < blocks(); block++) {
+                T* values = block_of_panel(block);
+                similarities(block, values);
+                const int64_t width = round_up(columns_of(block), V);
+                for (int64_t i = 0; i < count; i++)
+                    store(own.row_maximum + i * V, maximum_of_row(values + i * STRIDE, width, load(own.row_maximum + i * V)));
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const T highest = highest_lane<T>(load(own.row_maximum + i * V));
+                store(own.row_maximum + i * V, broadcast(highest));
+            }
+            for (int64_t block = 0; block < blocks(); block++) {
+                exponentials(block);
+                add_to_sums(block_of_panel(block), block);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const double sum = sum_of_lanes<T>(load(own.row_sum + i * V));
+                finish_row(i, own.row_maximum[i * V], sum);
+                const double p = one_minus_probability(packed.row_lse[first + i], first + i);
+                packed.row_weight[first + i] = group.weight * p;
+                factors[i] = sum == 0 ? 0 : group.weight * p / sum;
+            }
+            weigh_rows(factors);
+            for (int64_t block = 0; block < blocks(); block++) add_to_dy(block_of_panel(block), block);
+            for (int64_t i = 0; i < count; i++)
+                finish_dx(i, factors[i], packed.row_weight[first + i]);
+        }
+    }
+
+    // S τ -> exp(S − maximum), and the sums of the rows.
+    void exponentials(int64_t block) {
+        T* values = block_of_panel(block);
+        const int64_t width = round_up(columns_of(block), V);
+        for (int64_t i = 0; i < count; i++) {
+            T* row = values + i * STRIDE;
+            const Vector<T> highest = load(own.row_maximum + i * V);
+            Vector<T> sum{};
+            for (int64_t j = 0; j < width; j += V) {
+                const Vector<T> e = exp2<T>((load(row + j) - highest) * scale2);
+                store(row + j, e);
+                sum += e;
+            }
+            store(own.row_sum + i * V, load(own.row_sum + i * V) + sum);
+        }
+    }
+
+    // FORWARD: logsumexps and hits of these rows; running maxima and sums of all columns over them.
+    void forward(Share rows) {
+        if (symmetric) {
+            std::fill(own.column_maximum, own.column_maximum + packed.columns, LOWEST<T>);
+            std::fill(own.column_sum, own.column_sum + packed.columns, T(0));
+        }
+        for (first = rows.begin; first < rows.end; first += own.panel_rows) {
+            count = std::min(own.panel_rows, rows.end - first);
+            start_rows();
+            for (int64_t block = 0; block < blocks(); block++) {
+                similarities(block, own.panel);
+                update_rows(round_up(columns_of(block), V));
+                if (symmetric) update_columns(block);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);
+                const T highest = highest_lane<T>(maxima);
+                finish_row(i, highest, sum_of_lanes<T>(sums * exp2<T>((maxima - highest) * scale2)));
+            }
+        }
+    }
+
+    void update_rows(int64_t width) {
+        for (int64_t i = 0; i < count; i++) {
+            const T* row = own.panel + i * STRIDE;
+            const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
+            Vector<T> sum = load(own.row_sum + i * V) * exp2<T>((before - now) * scale2);
+            for (int64_t j = 0; j < width; j += V) sum += exp2<T>((load(row + j) - now) * scale2);
+            store(own.row_maximum + i * V, now);
+            store(own.row_sum + i * V, sum);
+        }
+    }
+
+    void update_columns(int64_t block) {
+        const int64_t width = round_up(columns_of(block), V);
+        for (int64_t j = 0; j < width; j += V) {
+            T *maxima = own.column_maximum + block * BLOCK + j, *sums = own.column_sum + block * BLOCK + j;
+            const Vector<T> before = load(maxima);
+            Vector<T> now = before, sum{};
+            for (int64_t i = 0; i < count; i++) now = maximum<T>(now, load(own.panel + i * STRIDE + j));
+            for (int64_t i = 0; i < count; i++) sum += exp2<T>((load(own.panel + i * STRIDE + j) - now) * scale2);
+            store(maxima, now);
+            store(sums, load(sums) * exp2<T>((before - now) * scale2) + sum);
+        }
+    }
+
+    // The columns' logsumexps out of what every thread found about them.
+    void merge_columns(Share columns, const std::vector<Private<T>>& threads) {
+        if (!symmetric) return;
+        for (int64_t j = columns.begin; j < columns.end; j++) {
+            T highest = LOWEST<T>;
+            for (const Private<T>& thread : threads) highest = std::max(highest, thread.column_maximum[j]);
+            double sum = 0;
+            for (const Private<T>& thread : threads)
+                sum += double(thread.column_sum[j]) * std::exp((double(thread.column_maximum[j]) - double(highest)) * scale);
+            packed.column_lse[j] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
+            group.column_lse[j] = packed.column_lse[j];
+        }
+    }
+
+    void finish_terms(Share rows) {
+        for (int64_t i = rows.begin; i < rows.end; i++) {
+            double loss = term(packed.row_lse[i], i);
+            if (symmetric) loss = (loss + term(packed.column_lse[i], i)) / 2;
+            group.terms[i] = T(loss);
+            own.total += group.weight * loss;
+        }
+    }
+
+    // BACKWARD: what each row weighs, from its upstream gradient and the logsumexps.
+    void weigh(Share rows, bool saved) {
+        for (int64_t i = rows.begin; i < rows.end; i++) {
+            if (saved) {
+                packed.row_lse[i] = group.row_lse[i];
+                if (symmetric) packed.column_lse[i] = group.column_lse[i];
+            }
+            const double upstream = (saved ? double(group.upstream[i]) : group.weight) / (symmetric ? 2 : 1);
+            packed.row_weight[i] = upstream * one_minus_probability(packed.row_lse[i], i);
+            if (symmetric) packed.column_weight[i] = upstream * one_minus_probability(packed.column_lse[i], i);
+        }
+    }
+
+    void backward(Share rows) {
+        if (symmetric) load_columns();
+        std::fill(own.dy, own.dy + packed.columns * packed.width, T(0));
+        for (first = rows.begin; first < rows.end; first += own.panel_rows) {
+            count = std::min(own.panel_rows, rows.end - first);
+            std::fill(own.sums, own.sums + own.panel_rows * packed.width, T(0));
+            weigh_rows(nullptr);
+            for (int64_t block = 0; block < blocks(); block++) {
+                similarities(block, own.panel);
+                coefficients(block);
+                add_to_sums(own.panel, block);
+                add_to_dy(own.panel, block);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const double weight = packed.row_weight[first + i] + (symmetric ? packed.column_weight[first + i] : 0);
+                finish_dx(i, 1, weight);
+            }
+        }
+    }
+
+    // S τ -> row_weight_i exp(S_ij − row_lse_i) + column_weight_j exp(S_ij − column_lse_j)
+    void coefficients(int64_t block) {
+        const int64_t begin = block * BLOCK, width = round_up(columns_of(block), V);
+        for (int64_t i = 0; i < count; i++) {
+            T* row = own.panel + i * STRIDE;
+            T lse2, factor;
+            split(packed.row_lse[first + i], packed.row_weight[first + i], lse2, factor);
+            for (int64_t j = 0; j < width; j += V) {
+                const Vector<T> s = load(row + j) * scale2;
+                Vector<T> g = factor * exp2<T>(s - lse2);
+                if (symmetric) g += load(own.column_sum + begin + j) * exp2<T>(s - load(own.column_maximum + begin + j));
+                store(row + j, g);
+            }
+        }
+    }
+
+    // The columns' part of `coefficients`, as vectors of T, where FORWARD keeps maxima and sums.
+    void load_columns() {
+        std::fill(own.column_maximum, own.column_maximum + packed.columns, T(0));
+        std::fill(own.column_sum, own.column_sum + packed.columns, T(0));
+        for (int64_t j = 0; j < group.columns; j++)
+            split(packed.column_lse[j], packed.column_weight[j], own.column_maximum[j], own.column_sum[j]);
+    }
+
+    // weight · exp(S − lse) = factor · 2^(S₂ − lse₂), where S₂ is S in units of log 2: the factor makes good
+    // what rounding lse₂ to T does to a whole row. Without negatives all S are −inf and any lse will do.
+    static void split(double lse, double weight, T& lse2, T& factor) {
+        const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse * LOG2E;
+        lse2 = T(exact);
+        factor = T(weight * std::exp2(double(lse2) - exact));
+    }
+
+    void finish_dy(Share columns, const std::vector<Private<T>>& threads) {
+        T *row = own.tile, *y = own.tile + packed.width;
+        for (int64_t j = columns.begin; j < columns.end; j++) {
+            const bool has_positive = j < group.rows;
+            const double weight = !has_positive ? 0 : packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0);
+            double along = 0;
+            for (int64_t d = 0; d < packed.width; d += W) {
+                const int64_t at = d * packed.columns + j * W;
+                for (int64_t lane = 0; lane < W; lane++) {
+                    double sum = 0;
+                    for (const Private<T>& thread : threads) sum += double(thread.dy[at + lane]);
+                    if (has_positive) sum -= weight * double(packed.x[j * packed.width + d + lane]);
+                    row[d + lane] = T(scale * sum);
+                    y[d + lane] = packed.y[at + lane];
+                    along += double(row[d + lane]) * double(y[d + lane]);
+                }
+            }
+            through_normalisation(row, y, along, packed.y_inverse[j]);
+            write(group.dy, j, row);
+        }
+    }
+};
+
+}  // namespace HDC_ISA

@@ -1,0 +1,111 @@
+// Vectors of T as wide as the instruction set that this is compiled for, and exp2 over them.
+//
+// GCC's and Clang's vector extension: +, *, ?: and comparisons work lane by lane, for any T and width.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace HDC_ISA {
+
+template <typename T>
+struct VectorOf;
+
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(HDC_VECTOR_BYTES)));
+    typedef float unaligned __attribute__((vector_size(HDC_VECTOR_BYTES), aligned(4), may_alias));
+    typedef int32_t bits __attribute__((vector_size(HDC_VECTOR_BYTES)));
+};
+
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(HDC_VECTOR_BYTES)));
+    typedef double unaligned __attribute__((vector_size(HDC_VECTOR_BYTES), aligned(8), may_alias));
+    typedef int64_t bits __attribute__((vector_size(HDC_VECTOR_BYTES)));
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int LANES = HDC_VECTOR_BYTES / int(sizeof(T));
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+    return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+
+template <typename T>
+inline void store(T* to, Vector<T> value) {
+    *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+
+template <typename T>
+inline Vector<T> broadcast(T value) {
+    return value - Vector<T>{};
+}
+
+// NaN in `a` is passed over: NaN reaches the result through the sums, not through the maxima.
+template <typename T>
+inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
+    return a > b ? a : b;
+}
+
+template <typename T>
+inline T highest_lane(Vector<T> v) {
+    T best = v[0];
+    for (int lane = 1; lane < LANES<T>; lane++) best = v[lane] > best ? v[lane] : best;
+    return best;
+}
+
+template <typename T>
+inline double sum_of_lanes(Vector<T> v) {
+    double sum = 0;
+    for (int lane = 0; lane < LANES<T>; lane++) sum += double(v[lane]);
+    return sum;
+}
+
+// 2^f on [-1/2, 1/2]: minimax polynomials for the relative error (2e-9 and 3e-18), lowest power first.
+template <typename T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+    static constexpr float coefficients[] = {
+        1.0000000005541648f,   0.693147205737195751f,  0.240226468906455207f,   0.055503287771053248f,
+        0.00961848895633118f,  0.00133999311772397f,   0.000153458121613116298f};
+    static constexpr float round = 12582912.0f;  // 1.5·2^23: adding it leaves no bit for a fraction
+    static constexpr float lowest = -126.0f;     // results below the smallest normal number become 0
+    static constexpr int bias = 127, mantissa = 23;
+};
+
+template <>
+struct Exp2<double> {
+    static constexpr double coefficients[] = {
+        0.999999999999999997,    0.69314718055994533,    0.240226506959101562,    0.0555041086648199216,
+        0.00961812910758833524,  0.00133335581467899217, 0.000154035304625144321, 0.0000152527334899885256,
+        1.32154330896763992e-6,  1.01781980216719308e-7, 7.0741056135081428e-9,   4.43528270695727715e-10};
+    static constexpr double round = 6755399441055744.0;  // 1.5·2^52
+    static constexpr double lowest = -1022.0;
+    static constexpr int bias = 1023, mantissa = 52;
+};
+
+// 2^x for x ≤ 0 (a few above 0 do no harm). −inf gives 0, NaN gives NaN.
+template <typename T>
+inline Vector<T> exp2(Vector<T> x) {
+    using E = Exp2<T>;
+    using Bits = typename VectorOf<T>::bits;
+    constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
+    const Vector<T> low = broadcast(E::lowest), bounded = x < low ? low : x;  // keeps NaN
+    const Vector<T> shifted = bounded + E::round;
+    const Vector<T> fraction = bounded - (shifted - E::round);
+    Vector<T> power = broadcast(E::coefficients[degree]);
+#pragma GCC unroll 16
+    for (int k = degree - 1; k >= 0; k--) power = power * fraction + E::coefficients[k];
+    const Vector<T> round = broadcast(E::round);
+    const Bits exponent = ((Bits)shifted - (Bits)round + E::bias) << E::mantissa;
+    return x < low ? Vector<T>{} : power * (Vector<T>)exponent;
+}
+
+}  // namespace HDC_ISA

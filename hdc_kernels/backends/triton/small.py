@@ -1,0 +1,278 @@
+"""Everything in one launch: one program takes one problem from raw embeddings to loss and gradients.
+
+For problems of at most 128 rows, 128 columns and 128 dimensions. The paper's batch is 17 problems of
+128 × 128 × 128 in six pairs of tensors: 71 MFLOP a product, so launches are all that costs time.
+
+Products: S = X̂Ŷᵀ, then P·Ŷ and Pᵀ·X̂, and nothing is computed twice: 3. P stays on the chip. Every
+problem is read once from its own tensors through their strides, and nothing but results is written.
+
+The floor for the 17 problems: 3 products of 4.2 MFLOP on one of 132 multiprocessors (7.5 TFLOP/s each in
+bf16) are 1.7 µs, the exponentials of 128 × 128 logits 0.6 µs, 100 KB in and out at a multiprocessor's
+share of bandwidth some 4 µs: below 10 µs, of the order of the launch itself.
+
+No GPU has run this yet: the figures are arithmetic, and the number of warps is a choice by registers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from torch import Tensor
+
+from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.triton.arithmetic import (
+    LN_2,
+    LOG2_E,
+    add_exponentials,
+    add_product,
+    finite_shift,
+    gain,
+    inverse_temperature,
+    log_total,
+    narrow,
+    product,
+    sigmoid,
+    softplus,
+    unit_rows,
+    unit_rows_backward,
+)
+from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision
+
+LIMIT = 128  # rows, columns and dimensions that one program can hold
+COLUMNS = 32  # at a time
+
+
+def fits(problems: Problems) -> bool:
+    """Whether every problem is small enough for one program."""
+    return all(
+        max(y.shape[1:]) <= LIMIT for y in problems.y
+    )  # the key has at least as many rows as the query
+
+
+@triton.jit
+def _rows(tensors, strides, sizes, problem, row, BLOCK_D: tl.constexpr):
+    """Pointers to rows [R, BLOCK_D] of a problem, in whichever pair's tensor it is."""
+    pointer, stride, dimension_stride = tensors[0], strides[0][1], strides[0][2]
+    pointer += problem * strides[0][0]
+    for pair in tl.static_range(1, len(sizes)):
+        first = sizes[pair][0]
+        here = problem >= first
+        pointer = tl.where(here, tensors[pair] + (problem - first) * strides[pair][0], pointer)
+        stride = tl.where(here, strides[pair][1], stride)
+        dimension_stride = tl.where(here, strides[pair][2], dimension_stride)
+    dimension = tl.arange(0, BLOCK_D).to(tl.int64) * dimension_stride
+    return pointer + row[:, None].to(tl.int64) * stride + dimension[None, :]
+
+
+@triton.jit
+def _load_units(elements, mask, NORMALIZE: tl.constexpr):
+    """x̂ in float32 and 1/|x| of rows of embeddings."""
+    return unit_rows(tl.load(elements, mask, 0.0).to(tl.float32), NORMALIZE)
+
+
+@triton.jit
+def contrast_kernel(
+    x,  # K pointers to [G, M, D]
+    y,  # K pointers to [G, N, D]
+    dx,
+    dy,
+    x_strides,  # K × (problem, row, dimension)
+    y_strides,
+    dx_strides,
+    dy_strides,
+    sizes,  # K × (first problem, first row in [T], M, N, D)
+    weights,  # K numbers: what TERMS are totalled with
+    upstream,  # [T], without TERMS
+    temperature,  # a number or a pointer to one
+    loss,  # [T]
+    hits,  # [T]
+    lse,  # [1 or 2, T]
+    sums,  # [2, programs]: parts of the total and of the gradient by the temperature
+    T,
+    TERMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    LEARNED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    first, start, M, N, D = problem * 0, problem * 0, problem * 0, problem * 0, problem * 0
+    for pair in tl.static_range(len(sizes)):
+        here = problem >= sizes[pair][0]
+        first = tl.where(here, sizes[pair][0], first)
+        start = tl.where(here, sizes[pair][1], start)
+        M = tl.where(here, sizes[pair][2], M)
+        N = tl.where(here, sizes[pair][3], N)
+        D = tl.where(here, sizes[pair][4], D)
+    row = tl.arange(0, ROWS)
+    dimension = tl.arange(0, BLOCK_D) < D
+    flat = start + (problem - first) * M + row  # where this problem's rows are in [T]
+    x_rows = _rows(x, x_strides, sizes, problem, row, BLOCK_D)
+    y_rows = _rows(y, y_strides, sizes, problem, row, BLOCK_D)
+    mask = (row < M)[:, None] & dimension[None, :]
+    dtype: tl.constexpr = x[0].dtype.element_ty
+    scale = inverse_temperature(temperature, LEARNED)
+    k = scale * LOG2_E
+
+    x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
+    y_unit, y_inverse = _load_units(y_rows, mask, NORMALIZE)
+    positive = tl.sum(x_unit * y_unit, 1) * scale
+    x_narrow = narrow(x_unit, dtype)
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    own = tl.zeros((ROWS,), tl.float32)
+    column_gap = tl.zeros((ROWS,), tl.float32)
+    for column0 in range(0, N, COLUMNS):
+        column = column0 + tl.arange(0, COLUMNS)
+        y_mask = (column < N)[:, None] & dimension[None, :]
+        y_rows = _rows(y, y_strides, sizes, problem, column, BLOCK_D)
+        y_unit, _ = _load_units(y_rows, y_mask, NORMALIZE)
+        cosine = product(x_narrow, tl.trans(narrow(y_unit, dtype)), PRECISION)
+        # The positive's cosine by the same product as the others': equal vectors must tie exactly.
+        diagonal = row[:, None] == column[None, :]
+        own += tl.sum(tl.where(diagonal, cosine, 0.0), 1)
+        negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
+        cosine = tl.where(negative, cosine, float("-inf"))
+        highest, total = add_exponentials(highest, total, cosine, k)
+        if SYMMETRIC:
+            column_lse = _column_logsumexp2(cosine, k) * LN_2
+            column_gap += tl.sum(tl.where(diagonal, column_lse[None, :], 0.0), 1)
+    row_lse = log_total(highest, total, k)
+    row_gap = row_lse * LN_2 - positive
+    column_gap -= positive
+
+    weight = weights[0]
+    for pair in tl.static_range(1, len(sizes)):
+        weight = tl.where(problem >= sizes[pair][0], weights[pair], weight)
+    if TERMS:
+        term = softplus(row_gap)
+        if SYMMETRIC:
+            term = (term + softplus(column_gap)) / 2
+            tl.store(lse + T + flat, column_gap + positive, row < M)
+        tl.store(lse + flat, row_lse * LN_2, row < M)
+        tl.store(loss + flat, term, row < M)
+        tl.store(hits + flat, (own > highest) & (term == term), row < M)
+        tl.store(sums + problem, weight * tl.sum(tl.where(row < M, term, 0.0), 0))
+
+    if GRADIENTS:
+        if TERMS:
+            u = tl.where(row < M, weight, 0.0)
+        else:
+            u = tl.load(upstream + flat, row < M, 0.0)
+        GAIN: tl.constexpr = gain(dtype)
+        row_weight = u * sigmoid(row_gap)
+        column_weight = tl.zeros((ROWS,), tl.float32)
+        if SYMMETRIC:
+            row_weight *= 0.5
+            column_weight = 0.5 * u * sigmoid(column_gap)
+        pull = row_weight + column_weight
+        largest = tl.max(tl.maximum(tl.abs(row_weight), tl.abs(column_weight)), 0)
+        largest = tl.maximum(largest, 1e-30)
+        row_shift = finite_shift(row_lse)
+        dx_unit = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        for column0 in range(0, N, COLUMNS):
+            column = column0 + tl.arange(0, COLUMNS)
+            y_mask = (column < N)[:, None] & dimension[None, :]
+            y_rows = _rows(y, y_strides, sizes, problem, column, BLOCK_D)
+            y_unit, y_inverse = _load_units(y_rows, y_mask, NORMALIZE)
+            y_narrow = narrow(y_unit, dtype)
+            cosine = product(x_narrow, tl.trans(y_narrow), PRECISION)
+            diagonal = row[:, None] == column[None, :]
+            negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
+            cosine = tl.where(negative, cosine, float("-inf"))
+            probability = tl.exp2(cosine * k - row_shift[:, None])
+            share = probability * (row_weight * (GAIN / largest))[:, None]
+            if SYMMETRIC:
+                column_shift = finite_shift(_column_logsumexp2(cosine, k))
+                share += tl.exp2(cosine * k - column_shift[None, :]) * (_turn(diagonal, column_weight) * (GAIN / largest))[None, :]
+            share = narrow(share, dtype)
+            if SYMMETRIC:
+                dx_unit = add_product(dx_unit, share, y_narrow, PRECISION)
+            else:
+                dx_unit = add_product(dx_unit, narrow(probability * GAIN, dtype), y_narrow, PRECISION)
+
+            x_mask = (column < M)[:, None] & dimension[None, :]
+            x_unit, _ = _load_units(_rows(x, x_strides, sizes, problem, column, BLOCK_D), x_mask, NORMALIZE)
+            dy_unit = product(tl.trans(share), x_narrow, PRECISION) * (largest / GAIN)
+            dy_unit = (dy_unit - x_unit * _turn(diagonal, pull)[:, None]) * scale
+            gradient, _ = unit_rows_backward(y_unit, y_inverse, dy_unit, NORMALIZE)
+            tl.store(_rows(dy, dy_strides, sizes, problem, column, BLOCK_D), narrow(gradient, dtype), y_mask)
+
+        if SYMMETRIC:
+            dx_unit *= largest / GAIN
+        else:
+            dx_unit *= (row_weight / GAIN)[:, None]
+        # Read once more: kept since the beginning, x and y would not fit beside the products.
+        x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
+        y_unit, _ = _load_units(_rows(y, y_strides, sizes, problem, row, BLOCK_D), mask, NORMALIZE)
+        dx_unit = (dx_unit - y_unit * pull[:, None]) * scale
+        gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
+        tl.store(_rows(dx, dx_strides, sizes, problem, row, BLOCK_D), narrow(gradient, dtype), mask)
+        tl.store(sums + tl.num_programs(0) + problem, -scale * tl.sum(along, 0))
+
+
+@triton.jit
+def _column_logsumexp2(cosine, k):
+    """log2 Σ exp2(cosine·k) down every column."""
+    highest = tl.max(cosine, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return base * k + tl.log2(tl.sum(tl.exp2((cosine - base[None, :]) * k), 0))
+
+
+@triton.jit
+def _turn(diagonal, values):
+    """Of one value a row, those of the rows that have the columns' numbers."""
+    return tl.sum(tl.where(diagonal, values[:, None], 0.0), 0)
+
+
+def contrast(
+    problems: Problems, upstream: Tensor | None, *, gradients: bool
+) -> tuple[Terms, Gradients]:
+    """Terms, and `gradients` of their total; with an `upstream` gradient of Σ upstream · terms alone.
+
+    What is not asked for is not written.
+    """
+    sizes, first, start = [], 0, 0
+    for x, y in zip(problems.x, problems.y, strict=True):
+        sizes.append((first, start, x.shape[1], y.shape[1], x.shape[2]))
+        first += x.shape[0]
+        start += x.shape[0] * x.shape[1]
+    loss, hits, lse = empty_terms(problems)
+    dx, dy = empty_gradients(problems) if gradients else (problems.x, problems.y)
+    sums = torch.empty(2, first, dtype=torch.float32, device=loss.device)
+    rows = max(16, triton.next_power_of_2(max(size[3] for size in sizes)))
+    block_d = max(16, triton.next_power_of_2(max(size[4] for size in sizes)))
+    contrast_kernel[(first,)](
+        problems.x,
+        problems.y,
+        dx,
+        dy,
+        *(tuple(t.stride() for t in tensors) for tensors in (problems.x, problems.y, dx, dy)),
+        tuple(sizes),
+        tuple(map(float, problems.weights)),
+        upstream if upstream is not None else loss,
+        problems.temperature,
+        loss,
+        hits,
+        lse,
+        sums,
+        start,
+        TERMS=upstream is None,
+        GRADIENTS=gradients,
+        LEARNED=isinstance(problems.temperature, Tensor),
+        SYMMETRIC=problems.symmetric,
+        NORMALIZE=problems.normalize,
+        PRECISION=precision(),
+        ROWS=rows,
+        COLUMNS=min(rows, COLUMNS),
+        BLOCK_D=block_d,
+        num_warps=max(1, rows // 16),
+    )
+    total, d_temperature = sums.sum(1)
+    return Terms(total, loss, hits, lse), Gradients(dx, dy, d_temperature)
