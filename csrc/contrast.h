@@ -17,7 +17,8 @@ struct HdcMatrix {  // [groups, rows, width]; strides in elements
     int64_t group_stride, row_stride, column_stride;
 };
 
-struct HdcProblem {  // one pair of embeddings; dx and dy are read only by HDC_BACKWARD and HDC_STEP
+struct HdcProblem {  // one pair of embeddings
+    // dx and dy are written by HDC_BACKWARD in the dtype of x and y, by HDC_STEP in what it computes in.
     HdcMatrix x, y, dx, dy;
     int64_t groups, rows, columns, width;  // x is [groups, rows, width], y [groups, columns, width]
     double weight;                         // of every term of this pair in the total

@@ -52,14 +52,18 @@ class Calculation {
     int64_t rows = 0;  // of all groups
     std::vector<Item> items;
 
+    template <typename Element>
     static HdcMatrix at(const HdcMatrix& matrix, int64_t group) {
-        return {static_cast<Stored*>(matrix.data) + group * matrix.group_stride, 0, matrix.row_stride, matrix.column_stride};
+        return {static_cast<Element*>(matrix.data) + group * matrix.group_stride, 0, matrix.row_stride, matrix.column_stride};
     }
 
     Group<T> group_of(const Item& item) const {
         const HdcProblem& p = *item.problem;
         double* lse = call.lse + item.row;
-        return {at(p.x, item.group), at(p.y, item.group), at(p.dx, item.group), at(p.dy, item.group),
+        const bool full = call.task == HDC_STEP;
+        return {at<Stored>(p.x, item.group), at<Stored>(p.y, item.group),
+                full ? at<T>(p.dx, item.group) : at<Stored>(p.dx, item.group),
+                full ? at<T>(p.dy, item.group) : at<Stored>(p.dy, item.group),
                 p.rows, p.columns, p.width, p.weight,
                 static_cast<T*>(call.terms) + item.row, call.hits + item.row, lse, lse + rows,
                 static_cast<const T*>(call.upstream) + item.row};
@@ -81,7 +85,6 @@ class Calculation {
             work.dot_positives(mine);
             if (one_pass) {
                 work.step(mine);
-                work.finish_terms(mine);
             } else if (!saved) {
                 work.forward(mine);
 #pragma omp barrier

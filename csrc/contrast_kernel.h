@@ -76,7 +76,7 @@ struct Packed {
     static constexpr int64_t W = TILE_WIDTH<T>;
 
     int64_t width, columns;               // rounded up to whole tiles
-    T *x, *y, *y_transposed;              // [rows, width]; [width / W, columns, W]; [columns / W, D, W]
+    T *x, *y, *y_transposed;              // [rows, width]; [width / W, columns, W]; [columns / W, width, W]
     double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
     double *positive;                     // S_ii τ
     double *row_lse, *column_lse;         // of the negatives
@@ -87,7 +87,7 @@ struct Packed {
         columns = round_up(problem.columns, W);
         scratch.take(x, problem.rows * width);
         scratch.take(y, columns * width);
-        scratch.take(y_transposed, columns * problem.width);
+        scratch.take(y_transposed, columns * width);
         scratch.take(x_inverse, problem.rows);
         scratch.take(y_inverse, problem.columns);
         scratch.take(positive, problem.rows);
@@ -143,7 +143,7 @@ class Contrast {
     const Group<T>& group;
     const Packed<T>& packed;
     Private<T>& own;
-    const bool normalize, symmetric;
+    const bool normalize, symmetric, full_gradients;
     const double scale;
     const T scale2;  // for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
@@ -154,6 +154,19 @@ class Contrast {
 
     int64_t blocks() const { return (group.columns + BLOCK - 1) / BLOCK; }
 
+    static double dot(const T* a, const T* b, int64_t width) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < width; d++) sum += double(a[d]) * double(b[d]);
+        return sum;
+    }
+
+    // Row j of Ŷ out of its slices.
+    const T* gather_y(int64_t j, T* out) const {
+        for (int64_t d = 0; d < packed.width; d += W) std::copy_n(packed.y + d * packed.columns + j * W, W, out + d);
+        return out;
+    }
+
     // Reads row `row` of `matrix` into `out`, unit length if asked for, and returns 1 / |row|.
     double read(const HdcMatrix& matrix, int64_t row, T* out) const {
         const Stored* from = static_cast<const Stored*>(matrix.data) + row * matrix.row_stride;
@@ -163,18 +176,19 @@ class Contrast {
         else
             for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d * stride]);
         if (!normalize) return 1;
-        double squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t d = 0; d < width; d++) squares += double(out[d]) * double(out[d]);
-        const double norm = std::sqrt(squares), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
+        const double norm = std::sqrt(dot(out, out, width)), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
         for (int64_t d = 0; d < width; d++) out[d] = T(double(out[d]) * inverse);
         return inverse;
     }
 
+    template <typename To>
     void write(const HdcMatrix& matrix, int64_t row, const T* values) const {
-        Stored* to = static_cast<Stored*>(matrix.data) + row * matrix.row_stride;
+        To* to = static_cast<To*>(matrix.data) + row * matrix.row_stride;
         const int64_t width = group.width, stride = matrix.column_stride;
-        for (int64_t d = 0; d < width; d++) to[d * stride] = convert<Stored>(values[d]);
+        if (stride == 1)
+            for (int64_t d = 0; d < width; d++) to[d] = convert<To>(values[d]);
+        else
+            for (int64_t d = 0; d < width; d++) to[d * stride] = convert<To>(values[d]);
     }
 
     // S τ of one block of the current panel. Positives and the columns past the end become −inf.
@@ -182,7 +196,7 @@ class Contrast {
         const int64_t begin = block * BLOCK, end = begin + columns_of(block);
         for (int64_t column = begin; column < end; column += W)
             multiply<T, BY_ROW, false>(count, packed.x + first * packed.width, packed.width,
-                                       packed.y_transposed + column * group.width, group.width,
+                                       packed.y_transposed + column * packed.width, group.width,
                                        out + (column - begin), STRIDE);
         constexpr T nothing = -std::numeric_limits<T>::infinity();
         for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
@@ -238,45 +252,45 @@ class Contrast {
         group.hits[row] = highest < own.diagonal[i] && sum == sum;
     }
 
-    double term(double lse, int64_t row) const {
-        const double z = lse - packed.positive[row] * scale;
-        return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
-    }
+    // log(1 + e^z) and 1 / (1 + e^−z), without overflow.
+    struct Softplus {
+        double value, slope;
+    };
 
-    double one_minus_probability(double lse, int64_t row) const {
-        return 1 / (1 + std::exp(packed.positive[row] * scale - lse));
+    Softplus softplus(double lse, int64_t row) const {
+        const double z = lse - packed.positive[row] * scale, e = std::exp(-std::abs(z));
+        return z > 0 ? Softplus{z + std::log1p(e), 1 / (1 + e)} : Softplus{std::log1p(e), e / (1 + e)};
     }
 
     // dx̂_i = (factor·O_i − weight·ŷ_i) / τ, then through the normalisation into the caller's gradient.
     void finish_dx(int64_t i, double factor, double weight) {
-        T* row = own.tile;
-        const int64_t at = first + i;
-        const T* x = packed.x + at * packed.width;
-        double along = 0;  // x̂ · dx̂
-        for (int64_t d = 0; d < packed.width; d += W) {
-            const T* sum = own.sums + d * own.panel_rows + i * W;
-            const T* y = packed.y + d * packed.columns + at * W;
-#pragma omp simd reduction(+ : along)
-            for (int64_t lane = 0; lane < W; lane++) {
-                row[d + lane] = T(scale * (factor * double(sum[lane]) - weight * double(y[lane])));
-                along += double(row[d + lane]) * double(x[d + lane]);
-            }
+        const int64_t row = first + i;
+        const T of_sum = T(factor * scale), of_y = T(weight * scale);
+        const T* y = gather_y(row, own.tile);
+        T* gradient = own.tile + packed.width;
+        for (int64_t d = 0; d < packed.width; d += V) {
+            const T* sum = own.sums + d / W * W * own.panel_rows + i * W + d % W;
+            store(gradient + d, of_sum * load(sum) - of_y * load(y + d));
         }
-        own.d_temperature -= along * scale;
-        through_normalisation(row, x, along, packed.x_inverse[at]);
-        write(group.dx, at, row);
+        own.d_temperature -= scale * finish_gradient(gradient, packed.x + row * packed.width, packed.x_inverse[row], group.dx, row);
     }
 
-    // (g − x̂ (x̂·g)) / |x|
-    void through_normalisation(T* gradient, const T* x, double along, double inverse) const {
-        if (!normalize) return;
-        for (int64_t d = 0; d < packed.width; d++)
-            gradient[d] = T((double(gradient[d]) - along * double(x[d])) * inverse);
+    // (g − x̂ (x̂·g)) / |x|, written to row `row` of `matrix`. Returns x̂·g.
+    double finish_gradient(T* gradient, const T* x, double inverse, const HdcMatrix& matrix, int64_t row) const {
+        Vector<T> products{};
+        for (int64_t d = 0; d < packed.width; d += V) products += load(gradient + d) * load(x + d);
+        const T along = sum_of_lanes<T>(products), factor = T(inverse);
+        if (normalize)
+            for (int64_t d = 0; d < packed.width; d += V) store(gradient + d, (load(gradient + d) - along * load(x + d)) * factor);
+        if (full_gradients) write<T>(matrix, row, gradient);
+        else write<Stored>(matrix, row, gradient);
+        return along;
     }
 
   public:
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
         : group(group), packed(packed), own(own), normalize(call.normalize), symmetric(call.symmetric),
+          full_gradients(call.task == HDC_STEP),
           scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
 
     void pack_x(Share rows) {
@@ -289,7 +303,6 @@ class Contrast {
 
     // `columns` begins at a whole tile.
     void pack_y(Share columns) {
-        const int64_t width = group.width;
         T* tile = own.tile;
         for (int64_t begin = columns.begin; begin < columns.end; begin += W) {
             const int64_t end = std::min(begin + W, columns.end);
@@ -298,23 +311,16 @@ class Contrast {
             for (int64_t d = 0; d < packed.width; d += W)
                 for (int64_t j = 0; j < W; j++)
                     std::copy_n(tile + j * packed.width + d, W, packed.y + d * packed.columns + (begin + j) * W);
-            T* transposed = packed.y_transposed + begin * width;
-            for (int64_t d = 0; d < width; d++)
-                for (int64_t j = 0; j < W; j++) transposed[d * W + j] = tile[j * packed.width + d];
+            T* transposed = packed.y_transposed + begin * packed.width;
+            for (int64_t d = 0; d < packed.width; d += V)
+                for (int64_t j = 0; j < W; j += V)
+                    transpose(tile + j * packed.width + d, packed.width, transposed + d * W + j, W);
         }
     }
 
     void dot_positives(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++) {
-            double dot = 0;
-            for (int64_t d = 0; d < packed.width; d += W) {
-                const T* x = packed.x + i * packed.width + d;
-                const T* y = packed.y + d * packed.columns + i * W;
-#pragma omp simd reduction(+ : dot)
-                for (int64_t lane = 0; lane < W; lane++) dot += double(x[lane]) * double(y[lane]);
-            }
-            packed.positive[i] = dot;
-        }
+        for (int64_t i = rows.begin; i < rows.end; i++)
+            packed.positive[i] = dot(packed.x + i * packed.width, gather_y(i, own.tile), packed.width);
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
@@ -341,11 +347,12 @@ class Contrast {
                 add_to_sums(block_of_panel(block), block);
             }
             for (int64_t i = 0; i < count; i++) {
-                const double sum = sum_of_lanes<T>(load(own.row_sum + i * V));
+                const double sum = double(sum_of_lanes<T>(load(own.row_sum + i * V)));
                 finish_row(i, own.row_maximum[i * V], sum);
-                const double p = one_minus_probability(packed.row_lse[first + i], first + i);
-                packed.row_weight[first + i] = group.weight * p;
-                factors[i] = sum == 0 ? 0 : group.weight * p / sum;
+                const Softplus term = softplus(packed.row_lse[first + i], first + i);
+                finish_term(first + i, term.value);
+                packed.row_weight[first + i] = group.weight * term.slope;
+                factors[i] = sum == 0 ? 0 : packed.row_weight[first + i] / sum;
             }
             weigh_rows(factors);
             for (int64_t block = 0; block < blocks(); block++) add_to_dy(block_of_panel(block), block);
@@ -431,12 +438,15 @@ class Contrast {
         }
     }
 
+    void finish_term(int64_t row, double loss) {
+        group.terms[row] = T(loss);
+        own.total += group.weight * loss;
+    }
+
     void finish_terms(Share rows) {
         for (int64_t i = rows.begin; i < rows.end; i++) {
-            double loss = term(packed.row_lse[i], i);
-            if (symmetric) loss = (loss + term(packed.column_lse[i], i)) / 2;
-            group.terms[i] = T(loss);
-            own.total += group.weight * loss;
+            const double loss = softplus(packed.row_lse[i], i).value;
+            finish_term(i, symmetric ? (loss + softplus(packed.column_lse[i], i).value) / 2 : loss);
         }
     }
 
@@ -448,8 +458,8 @@ class Contrast {
                 if (symmetric) packed.column_lse[i] = group.column_lse[i];
             }
             const double upstream = (saved ? double(group.upstream[i]) : group.weight) / (symmetric ? 2 : 1);
-            packed.row_weight[i] = upstream * one_minus_probability(packed.row_lse[i], i);
-            if (symmetric) packed.column_weight[i] = upstream * one_minus_probability(packed.column_lse[i], i);
+            packed.row_weight[i] = upstream * softplus(packed.row_lse[i], i).slope;
+            if (symmetric) packed.column_weight[i] = upstream * softplus(packed.column_lse[i], i).slope;
         }
     }
 
@@ -506,24 +516,19 @@ class Contrast {
     }
 
     void finish_dy(Share columns, const std::vector<Private<T>>& threads) {
-        T *row = own.tile, *y = own.tile + packed.width;
         for (int64_t j = columns.begin; j < columns.end; j++) {
             const bool has_positive = j < group.rows;
-            const double weight = !has_positive ? 0 : packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0);
-            double along = 0;
-            for (int64_t d = 0; d < packed.width; d += W) {
-                const int64_t at = d * packed.columns + j * W;
-                for (int64_t lane = 0; lane < W; lane++) {
-                    double sum = 0;
-                    for (const Private<T>& thread : threads) sum += double(thread.dy[at + lane]);
-                    if (has_positive) sum -= weight * double(packed.x[j * packed.width + d + lane]);
-                    row[d + lane] = T(scale * sum);
-                    y[d + lane] = packed.y[at + lane];
-                    along += double(row[d + lane]) * double(y[d + lane]);
-                }
+            const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
+            const T* x = packed.x + (has_positive ? j : 0) * packed.width;
+            const T* y = gather_y(j, own.tile);
+            T* gradient = own.tile + packed.width;
+            for (int64_t d = 0; d < packed.width; d += V) {
+                const int64_t at = d / W * W * packed.columns + j * W + d % W;
+                Vector<T> sum = -weight * load(x + d);
+                for (const Private<T>& thread : threads) sum += load(thread.dy + at);
+                store(gradient + d, sum * T(scale));
             }
-            through_normalisation(row, y, along, packed.y_inverse[j]);
-            write(group.dy, j, row);
+            finish_gradient(gradient, y, packed.y_inverse[j], group.dy, j);
         }
     }
 };

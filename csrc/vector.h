@@ -4,7 +4,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 namespace HDC_ISA {
 
@@ -52,18 +52,52 @@ inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
     return a > b ? a : b;
 }
 
-template <typename T>
-inline T highest_lane(Vector<T> v) {
-    T best = v[0];
-    for (int lane = 1; lane < LANES<T>; lane++) best = v[lane] > best ? v[lane] : best;
-    return best;
+// Lane i of the result is lane (i + BY) of `v`, round and round.
+template <typename T, int BY, int... LANE>
+inline Vector<T> rotate(Vector<T> v, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(v, v, (LANE + BY) % int(sizeof...(LANE))...);
 }
 
+template <typename T, int BY = LANES<T> / 2>
+inline T highest_lane(Vector<T> v) {
+    if constexpr (BY == 0) return v[0];
+    else return highest_lane<T, BY / 2>(maximum<T>(v, rotate<T, BY>(v, std::make_integer_sequence<int, LANES<T>>())));
+}
+
+template <typename T, int BY = LANES<T> / 2>
+inline T sum_of_lanes(Vector<T> v) {
+    if constexpr (BY == 0) return v[0];
+    else return sum_of_lanes<T, BY / 2>(v + rotate<T, BY>(v, std::make_integer_sequence<int, LANES<T>>()));
+}
+
+// The first (or, with HIGH, second) halves of a and b, lane by lane in turn.
+template <typename T, bool HIGH, int... LANE>
+inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::integer_sequence<int, LANE...>) {
+    constexpr int count = sizeof...(LANE), start = HIGH ? count / 2 : 0;
+    return __builtin_shufflevector(a, b, (LANE % 2 * count + start + LANE / 2)...);
+}
+
+// out[column][row] = in[row][column] for LANES × LANES values: interleaving the first half of the rows with
+// the second rotates the bits of (row, column) by one; after log2 LANES rounds they have changed places.
 template <typename T>
-inline double sum_of_lanes(Vector<T> v) {
-    double sum = 0;
-    for (int lane = 0; lane < LANES<T>; lane++) sum += double(v[lane]);
-    return sum;
+inline void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+    constexpr int V = LANES<T>;
+    constexpr auto lanes = std::make_integer_sequence<int, V>();
+    Vector<T> rows[V], mixed[V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) rows[i] = load(in + i * in_stride);
+#pragma GCC unroll 4
+    for (int round = 1; round < V; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < V / 2; i++) {
+            mixed[2 * i] = interleave<T, false>(rows[i], rows[i + V / 2], lanes);
+            mixed[2 * i + 1] = interleave<T, true>(rows[i], rows[i + V / 2], lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < V; i++) rows[i] = mixed[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) store(out + i * out_stride, rows[i]);
 }
 
 // 2^f on [-1/2, 1/2]: minimax polynomials for the relative error (2e-9 and 3e-18), lowest power first.

@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels import reference
 from hdc_kernels.checks import (
     Backend,
     Reduction,
@@ -15,6 +14,7 @@ from hdc_kernels.checks import (
     check_temperature,
     check_weights,
 )
+from hdc_kernels.contrast import contrast
 
 Pair = tuple[Tensor, Tensor]
 
@@ -88,8 +88,8 @@ def fused_hd_nce(
         reduction: "sum" is Eq. 6 to the letter, a sum over the batch; "mean" divides it by B; "none"
             returns each clip's share, [B].
         normalize: divide by the L2 norm first, as the paper does.
-        backend: "torch" is the plain-PyTorch specification; "auto" picks the fastest there is.
-        return_metrics: also return the losses and accuracies of every scale, from the same logits.
+        backend: as in `fused_info_nce`.
+        return_metrics: also return the losses and accuracies of every scale, out of the same pass.
 
     Returns:
         The loss (float64 for float64 inputs, float32 for all others), with `return_metrics` a pair of
@@ -102,29 +102,30 @@ def fused_hd_nce(
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    spatial_logits = [
-        reference.spatial_logits(*pair, temperature, normalize=normalize) for pair in spatial
-    ]
-    temporal_logits = [
-        reference.cosine_logits(*pair, temperature, normalize=normalize) for pair in temporal
-    ]
-    spatial_terms = [reference.spatial_contrast(logits) for logits in spatial_logits]
-    temporal_terms = [reference.temporal_contrast(logits) for logits in temporal_logits]
-    loss = reference.reduce(reference.hd_nce(spatial_terms, temporal_terms, alpha, beta), reduction)
-    if not return_metrics:
-        return loss
-    return loss, HDNCEMetrics(
-        spatial_loss=_means(spatial_terms, loss.device),
-        spatial_accuracy=_means([reference.top1(s) for s in spatial_logits], loss.device),
-        temporal_loss=_means(temporal_terms, loss.device),
-        temporal_accuracy=_means([reference.top1(s) for s in temporal_logits], loss.device),
+    # Every timestep of every scale is a problem of its own: [B, N, D] -> [N, B, D].
+    pairs = [(v_o.transpose(0, 1), v_s.transpose(0, 1)) for v_o, v_s in spatial]
+    pairs += temporal
+    steps = [len(v_o) for v_o, _ in pairs[: len(spatial)]]
+    batch = pairs[0][0].shape[-2]
+    weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
+    shares = [w / batch for w in weights] if reduction == "mean" else weights
+    value, terms, hits = contrast(
+        pairs,
+        weights=None if reduction == "none" else shares,
+        temperature=temperature,
+        normalize=normalize,
+        backend=backend,
     )
-
-
-def _means(tensors: list[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.empty(0, device=device)
-    return torch.stack([tensor.detach().float().mean() for tensor in tensors])
+    sizes = [n * batch for n in steps] + [batch] * len(temporal)
+    if reduction == "none":
+        by_pair = zip(weights, value.split(sizes), strict=True)
+        value = torch.stack([w * loss.view(-1, batch).sum(0) for w, loss in by_pair]).sum(0)
+    if not return_metrics:
+        return value
+    losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])
+    accuracies = torch.stack([hit.mean() for hit in hits.float().split(sizes)])
+    scales = len(spatial)
+    return value, HDNCEMetrics(losses[:scales], accuracies[:scales], losses[scales:], accuracies[scales:])
 
 
 def _check(

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from hdc_kernels import reference
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.contrast import contrast
 
 
 def fused_info_nce(
@@ -29,7 +29,9 @@ def fused_info_nce(
         reduction: "mean" over B and the leading dimensions, their "sum" (the paper's Eq. 1), or
             "none" for one value per query, [..., B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: "torch" is the plain-PyTorch specification; "auto" picks the fastest there is.
+        backend: "auto" picks the fastest there is (`hdc_kernels/selection.py` has the rule); "cpu" is C++,
+            "triton" is for GPUs, "torch" the plain specification, which holds the B×B logits and the only
+            one that autograd sees through, "chunked" the same in O(B) memory.
 
     Returns:
         A scalar, or [..., B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -45,8 +47,19 @@ def fused_info_nce(
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    logits = reference.cosine_logits(query, key, temperature, normalize=normalize)
-    return reference.reduce(reference.info_nce(logits, symmetric=symmetric), reduction)
+    rows = query.shape[:-1]
+    if query.dim() > 3:
+        query, key = query.flatten(0, -3), key.flatten(0, -3)
+    weight = 1 / rows.numel() if reduction == "mean" else 1.0
+    value = contrast(
+        [(query, key)],
+        weights=None if reduction == "none" else [weight],
+        temperature=temperature,
+        symmetric=symmetric,
+        normalize=normalize,
+        backend=backend,
+    ).value
+    return value.view(rows) if reduction == "none" else value
 
 
 class InfoNCE(nn.Module):

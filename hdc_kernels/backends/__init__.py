@@ -12,6 +12,7 @@ a CPU) or a launch (on a GPU). A backend knows nothing of losses, and a loss not
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -40,7 +41,7 @@ class Terms(NamedTuple):
     total: Σ_k weights[k] · Σ terms of pair k, without a dimension.
     loss: [T], log(1 + exp(lse_i − s_ii)); `symmetric` gives its mean with the same of column i.
     hits: [T] bool, whether the positive's logit is above every negative's (a tie is a miss).
-    lse: [1, T], the logsumexp of row i's negatives, without the positive (−inf where there are none);
+    lse: [1, T] of dtype LSE_DTYPE, the logsumexp of row i's negatives, without the positive (−inf where there are none);
         `symmetric` gives [2, T], with that of the columns below.
     """
 
@@ -51,7 +52,11 @@ class Terms(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """For every x[k] and y[k], in their dtypes and shapes, and for the temperature (no dimension)."""
+    """For every x[k] and y[k], in their shapes, and for the temperature (no dimension).
+
+    `backward` gives them in the dtypes of x and y. `step` gives them in `reference.compute_dtype`: they will
+    be multiplied by an upstream gradient, a loss scale perhaps, without which they might vanish in float16.
+    """
 
     x: tuple[Tensor, ...]
     y: tuple[Tensor, ...]
@@ -59,7 +64,9 @@ class Gradients(NamedTuple):
 
 
 class Implementation(Protocol):
-    """The signature that every module in this folder has."""
+    """The signature that every module in this folder has, but for `plain`, which autograd does see."""
+
+    LSE_DTYPE: torch.dtype
 
     def forward(self, problems: Problems) -> Terms: ...
 

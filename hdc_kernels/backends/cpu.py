@@ -14,6 +14,7 @@ from torch import Tensor
 from hdc_kernels import reference
 from hdc_kernels.backends import Gradients, Problems, Terms
 
+LSE_DTYPE = torch.float64
 LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 
 _FORWARD, _BACKWARD, _STEP = range(3)
@@ -49,7 +50,7 @@ def forward(problems: Problems) -> Terms:
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
-    gradients = _empty_gradients(problems)
+    gradients = _empty_gradients(problems, problems.x[0].dtype)
     terms = Terms(lse, lse, lse, lse)  # only lse is read
     _call(_BACKWARD, problems, terms, gradients, upstream.contiguous())
     return gradients
@@ -57,7 +58,8 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
-    terms, gradients = _empty_terms(problems), _empty_gradients(problems)
+    terms = _empty_terms(problems)
+    gradients = _empty_gradients(problems, terms.loss.dtype)
     _call(_STEP, problems, terms, gradients, None)
     return terms, gradients
 
@@ -69,14 +71,14 @@ def _empty_terms(problems: Problems) -> Terms:
         total=torch.empty((), dtype=dtype),
         loss=torch.empty(rows, dtype=dtype),
         hits=torch.empty(rows, dtype=torch.bool),
-        lse=torch.empty((1 + problems.symmetric, rows), dtype=torch.float64),
+        lse=torch.empty((1 + problems.symmetric, rows), dtype=LSE_DTYPE),
     )
 
 
-def _empty_gradients(problems: Problems) -> Gradients:
+def _empty_gradients(problems: Problems, dtype: torch.dtype) -> Gradients:
     return Gradients(
-        x=tuple(torch.empty_like(x) for x in problems.x),
-        y=tuple(torch.empty_like(y) for y in problems.y),
+        x=tuple(torch.empty_like(x, dtype=dtype) for x in problems.x),
+        y=tuple(torch.empty_like(y, dtype=dtype) for y in problems.y),
         temperature=torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
     )
 

@@ -34,7 +34,7 @@ def unit_rows(x, NORMALIZE: tl.constexpr):
         # The squares of a vector beyond 1e19 overflow. A power of two shrinks it without rounding.
         shrink = tl.where(tl.max(tl.abs(x), 1) > 2.0**40, 2.0**-70, 1.0)
         shrunk = x * shrink[:, None]
-        norm = tl.sqrt_rn(tl.sum(shrunk * shrunk, 1))
+        norm = tl.sqrt(tl.sum(shrunk * shrunk, 1))
         inverse = tl.where(norm <= ZERO_NORM, 0.0, shrink / norm)  # NaN stays NaN
         return x * inverse[:, None], inverse
     else:  # noqa: RET505 - Triton compiles whatever follows an if

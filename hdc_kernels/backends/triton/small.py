@@ -21,6 +21,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.triton.addressing import of_pair, rows_of_pair
 from hdc_kernels.backends.triton.arithmetic import (
     LN_2,
     LOG2_E,
@@ -37,7 +38,7 @@ from hdc_kernels.backends.triton.arithmetic import (
     unit_rows,
     unit_rows_backward,
 )
-from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision
+from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision, strides
 
 LIMIT = 128  # rows, columns and dimensions that one program can hold
 COLUMNS = 32  # at a time
@@ -48,21 +49,6 @@ def fits(problems: Problems) -> bool:
     return all(
         max(y.shape[1:]) <= LIMIT for y in problems.y
     )  # the key has at least as many rows as the query
-
-
-@triton.jit
-def _rows(tensors, strides, sizes, problem, row, BLOCK_D: tl.constexpr):
-    """Pointers to rows [R, BLOCK_D] of a problem, in whichever pair's tensor it is."""
-    pointer, stride, dimension_stride = tensors[0], strides[0][1], strides[0][2]
-    pointer += problem * strides[0][0]
-    for pair in tl.static_range(1, len(sizes)):
-        first = sizes[pair][0]
-        here = problem >= first
-        pointer = tl.where(here, tensors[pair] + (problem - first) * strides[pair][0], pointer)
-        stride = tl.where(here, strides[pair][1], stride)
-        dimension_stride = tl.where(here, strides[pair][2], dimension_stride)
-    dimension = tl.arange(0, BLOCK_D).to(tl.int64) * dimension_stride
-    return pointer + row[:, None].to(tl.int64) * stride + dimension[None, :]
 
 
 @triton.jit
@@ -77,11 +63,13 @@ def contrast_kernel(
     y,  # K pointers to [G, N, D]
     dx,
     dy,
-    x_strides,  # K × (problem, row, dimension)
+    x_strides,  # K × (problem, row); that of the dimensions is 1
     y_strides,
     dx_strides,
     dy_strides,
-    sizes,  # K × (first problem, first row in [T], M, N, D)
+    firsts,  # K first problems
+    starts,  # K first rows in [T]
+    sizes,  # K × (M, N, D)
     weights,  # K numbers: what TERMS are totalled with
     upstream,  # [T], without TERMS
     temperature,  # a number or a pointer to one
@@ -101,19 +89,18 @@ def contrast_kernel(
     BLOCK_D: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    first, start, M, N, D = problem * 0, problem * 0, problem * 0, problem * 0, problem * 0
-    for pair in tl.static_range(len(sizes)):
-        here = problem >= sizes[pair][0]
-        first = tl.where(here, sizes[pair][0], first)
-        start = tl.where(here, sizes[pair][1], start)
-        M = tl.where(here, sizes[pair][2], M)
-        N = tl.where(here, sizes[pair][3], N)
-        D = tl.where(here, sizes[pair][4], D)
+    M, N, D = problem * 0, problem * 0, problem * 0
+    for pair in tl.static_range(len(firsts)):
+        here = problem >= firsts[pair]
+        M = tl.where(here, sizes[pair][0], M)
+        N = tl.where(here, sizes[pair][1], N)
+        D = tl.where(here, sizes[pair][2], D)
+    first_row = of_pair(starts, firsts, problem) + (problem - of_pair(firsts, firsts, problem)) * M
     row = tl.arange(0, ROWS)
     dimension = tl.arange(0, BLOCK_D) < D
-    flat = start + (problem - first) * M + row  # where this problem's rows are in [T]
-    x_rows = _rows(x, x_strides, sizes, problem, row, BLOCK_D)
-    y_rows = _rows(y, y_strides, sizes, problem, row, BLOCK_D)
+    flat = first_row + row  # where this problem's rows are in [T]
+    x_rows = rows_of_pair(x, x_strides, firsts, problem, row, BLOCK_D)
+    y_rows = rows_of_pair(y, y_strides, firsts, problem, row, BLOCK_D)
     mask = (row < M)[:, None] & dimension[None, :]
     dtype: tl.constexpr = x[0].dtype.element_ty
     scale = inverse_temperature(temperature, LEARNED)
@@ -130,15 +117,14 @@ def contrast_kernel(
     column_gap = tl.zeros((ROWS,), tl.float32)
     for column0 in range(0, N, COLUMNS):
         column = column0 + tl.arange(0, COLUMNS)
-        y_mask = (column < N)[:, None] & dimension[None, :]
-        y_rows = _rows(y, y_strides, sizes, problem, column, BLOCK_D)
-        y_unit, _ = _load_units(y_rows, y_mask, NORMALIZE)
-        cosine = product(x_narrow, tl.trans(narrow(y_unit, dtype)), PRECISION)
+        key_mask = (column < N)[:, None] & dimension[None, :]
+        key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
+        key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
+        cosine = product(x_narrow, tl.trans(narrow(key, dtype)), PRECISION)
         # The positive's cosine by the same product as the others': equal vectors must tie exactly.
         diagonal = row[:, None] == column[None, :]
         own += tl.sum(tl.where(diagonal, cosine, 0.0), 1)
-        negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
-        cosine = tl.where(negative, cosine, float("-inf"))
+        cosine = _negatives(cosine, row, column, M, N)
         highest, total = add_exponentials(highest, total, cosine, k)
         if SYMMETRIC:
             column_lse = _column_logsumexp2(cosine, k) * LN_2
@@ -147,9 +133,7 @@ def contrast_kernel(
     row_gap = row_lse * LN_2 - positive
     column_gap -= positive
 
-    weight = weights[0]
-    for pair in tl.static_range(1, len(sizes)):
-        weight = tl.where(problem >= sizes[pair][0], weights[pair], weight)
+    weight = of_pair(weights, firsts, problem)
     if TERMS:
         term = softplus(row_gap)
         if SYMMETRIC:
@@ -178,31 +162,34 @@ def contrast_kernel(
         dx_unit = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for column0 in range(0, N, COLUMNS):
             column = column0 + tl.arange(0, COLUMNS)
-            y_mask = (column < N)[:, None] & dimension[None, :]
-            y_rows = _rows(y, y_strides, sizes, problem, column, BLOCK_D)
-            y_unit, y_inverse = _load_units(y_rows, y_mask, NORMALIZE)
-            y_narrow = narrow(y_unit, dtype)
-            cosine = product(x_narrow, tl.trans(y_narrow), PRECISION)
             diagonal = row[:, None] == column[None, :]
-            negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
-            cosine = tl.where(negative, cosine, float("-inf"))
+            key_mask = (column < N)[:, None] & dimension[None, :]
+            key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
+            key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
+            key_narrow = narrow(key, dtype)
+            cosine = product(x_narrow, tl.trans(key_narrow), PRECISION)
+            cosine = _negatives(cosine, row, column, M, N)
             probability = tl.exp2(cosine * k - row_shift[:, None])
             share = probability * (row_weight * (GAIN / largest))[:, None]
             if SYMMETRIC:
                 column_shift = finite_shift(_column_logsumexp2(cosine, k))
-                share += tl.exp2(cosine * k - column_shift[None, :]) * (_turn(diagonal, column_weight) * (GAIN / largest))[None, :]
+                column_share = _turn(diagonal, column_weight) * (GAIN / largest)
+                share += tl.exp2(cosine * k - column_shift[None, :]) * column_share[None, :]
             share = narrow(share, dtype)
             if SYMMETRIC:
-                dx_unit = add_product(dx_unit, share, y_narrow, PRECISION)
+                dx_unit = add_product(dx_unit, share, key_narrow, PRECISION)
             else:
-                dx_unit = add_product(dx_unit, narrow(probability * GAIN, dtype), y_narrow, PRECISION)
+                probability = narrow(probability * GAIN, dtype)
+                dx_unit = add_product(dx_unit, probability, key_narrow, PRECISION)
 
-            x_mask = (column < M)[:, None] & dimension[None, :]
-            x_unit, _ = _load_units(_rows(x, x_strides, sizes, problem, column, BLOCK_D), x_mask, NORMALIZE)
-            dy_unit = product(tl.trans(share), x_narrow, PRECISION) * (largest / GAIN)
-            dy_unit = (dy_unit - x_unit * _turn(diagonal, pull)[:, None]) * scale
-            gradient, _ = unit_rows_backward(y_unit, y_inverse, dy_unit, NORMALIZE)
-            tl.store(_rows(dy, dy_strides, sizes, problem, column, BLOCK_D), narrow(gradient, dtype), y_mask)
+            query_mask = (column < M)[:, None] & dimension[None, :]
+            query_rows = rows_of_pair(x, x_strides, firsts, problem, column, BLOCK_D)
+            query, query_inverse = _load_units(query_rows, query_mask, NORMALIZE)
+            dkey = product(tl.trans(share), x_narrow, PRECISION) * (largest / GAIN)
+            dkey = (dkey - query * _turn(diagonal, pull)[:, None]) * scale
+            dkey, dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
+            dkey_rows = rows_of_pair(dy, dy_strides, firsts, problem, column, BLOCK_D)
+            tl.store(dkey_rows, narrow(dkey, dtype), key_mask)
 
         if SYMMETRIC:
             dx_unit *= largest / GAIN
@@ -210,11 +197,18 @@ def contrast_kernel(
             dx_unit *= (row_weight / GAIN)[:, None]
         # Read once more: kept since the beginning, x and y would not fit beside the products.
         x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
-        y_unit, _ = _load_units(_rows(y, y_strides, sizes, problem, row, BLOCK_D), mask, NORMALIZE)
+        y_unit, y_inverse = _load_units(y_rows, mask, NORMALIZE)
         dx_unit = (dx_unit - y_unit * pull[:, None]) * scale
         gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
-        tl.store(_rows(dx, dx_strides, sizes, problem, row, BLOCK_D), narrow(gradient, dtype), mask)
+        tl.store(rows_of_pair(dx, dx_strides, firsts, problem, row, BLOCK_D), narrow(gradient, dtype), mask)
         tl.store(sums + tl.num_programs(0) + problem, -scale * tl.sum(along, 0))
+
+
+@triton.jit
+def _negatives(cosine, row, column, M, N):
+    """−∞ on the diagonal and outside of the problem."""
+    negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
+    return tl.where(negative, cosine, float("-inf"))
 
 
 @triton.jit
@@ -238,22 +232,25 @@ def contrast(
 
     What is not asked for is not written.
     """
-    sizes, first, start = [], 0, 0
+    firsts, starts, sizes = [0], [0], []
     for x, y in zip(problems.x, problems.y, strict=True):
-        sizes.append((first, start, x.shape[1], y.shape[1], x.shape[2]))
-        first += x.shape[0]
-        start += x.shape[0] * x.shape[1]
+        firsts.append(firsts[-1] + x.shape[0])
+        starts.append(starts[-1] + x.shape[0] * x.shape[1])
+        sizes.append((x.shape[1], y.shape[1], x.shape[2]))
+    programs, T = firsts.pop(), starts.pop()
     loss, hits, lse = empty_terms(problems)
     dx, dy = empty_gradients(problems) if gradients else (problems.x, problems.y)
-    sums = torch.empty(2, first, dtype=torch.float32, device=loss.device)
-    rows = max(16, triton.next_power_of_2(max(size[3] for size in sizes)))
-    block_d = max(16, triton.next_power_of_2(max(size[4] for size in sizes)))
-    contrast_kernel[(first,)](
+    sums = torch.empty(2, programs, dtype=torch.float32, device=loss.device)
+    rows = max(16, triton.next_power_of_2(max(size[1] for size in sizes)))
+    block_d = max(16, triton.next_power_of_2(max(size[2] for size in sizes)))
+    contrast_kernel[(programs,)](
         problems.x,
         problems.y,
         dx,
         dy,
-        *(tuple(t.stride() for t in tensors) for tensors in (problems.x, problems.y, dx, dy)),
+        *map(strides, (problems.x, problems.y, dx, dy)),
+        tuple(firsts),
+        tuple(starts),
         tuple(sizes),
         tuple(map(float, problems.weights)),
         upstream if upstream is not None else loss,
@@ -262,7 +259,7 @@ def contrast(
         hits,
         lse,
         sums,
-        start,
+        T,
         TERMS=upstream is None,
         GRADIENTS=gradients,
         LEARNED=isinstance(problems.temperature, Tensor),

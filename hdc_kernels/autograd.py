@@ -1,0 +1,94 @@
+"""The primitive as an `autograd.Function`: half the overhead of a registered operator, and torch.func.
+
+Second derivatives are those of `backends/plain.py`, which holds the logits; first ones never do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdc_kernels.call import Call, scale
+from hdc_kernels.selection import implementation
+
+
+class Value(torch.autograd.Function):
+    """(call, τ or None, *x, *y) -> with weights (total, hits, terms, *made), without (terms, hits, lse)."""
+
+    @staticmethod
+    def forward(call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
+        x, y = xy[: call.pairs], xy[call.pairs :]
+        if call.weights is None:
+            result = implementation(call.backend).forward(call.problems(tau, x, y))
+            return result.loss, result.hits, result.lse
+        total, terms, hits, made = call.step(tau, x, y)
+        return total, hits, terms, *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        made = output[2:] if ctx.call.weights is None else output[3:]
+        ctx.save_for_backward(*tensors, *made)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if upstream is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        differentiate = Gradient.apply if torch.is_grad_enabled() else _gradient
+        return None, *differentiate(ctx.call, upstream, *ctx.saved_tensors)
+
+
+class Gradient(torch.autograd.Function):
+    """`Value.backward` as a function of its own, so that it too has a derivative."""
+
+    @staticmethod
+    def forward(call: Call, upstream: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(call, upstream, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors[: 2 + 2 * ctx.call.pairs])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        call, again = ctx.call, torch.is_grad_enabled()
+        inputs = [
+            # In a third derivative the graph goes on into these tensors, otherwise it ends here.
+            t if t is None or (again and t.requires_grad) else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
+        first, tau, *xy = inputs
+        variables = [t for t in (tau, *xy) if t is not None]
+        with torch.enable_grad():
+            whole = call._replace(backend="torch")
+            value, _, _ = whole.plain(tau, xy[: call.pairs], xy[call.pairs :])
+            slopes = torch.autograd.grad(value, variables, first, create_graph=True)
+            found = iter(
+                torch.autograd.grad(
+                    slopes,
+                    [first, *variables],
+                    [g for g, t in zip(upstream, (tau, *xy), strict=True) if t is not None],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        results = [None if t is None else next(found) for t in inputs]
+        return None, *results, *(None for _ in ctx.needs_input_grad[1 + len(results) :])
+
+
+def _gradient(
+    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor
+) -> tuple[Tensor | None, ...]:
+    """(dτ or None, *dx, *dy) out of what `Value` made: gradients of the total, or logsumexps."""
+    xy, made = rest[: 2 * call.pairs], rest[2 * call.pairs :]
+    if call.weights is None:
+        x, y = xy[: call.pairs], xy[call.pairs :]
+        *d_xy, d_tau = call.backward(tau, x, y, made[0], upstream)
+    elif upstream.device.type == "cpu" and upstream.item() == 1:  # mostly; on a GPU, asking would wait
+        *d_xy, d_tau = (*(d.to(xy[0].dtype) for d in made[:-1]), made[-1])
+    else:
+        *d_xy, d_tau = scale(made, upstream, xy[0].dtype)
+    return None if tau is None else d_tau.to(tau.dtype).view(tau.shape), *d_xy

@@ -1,0 +1,347 @@
+"""The launches for problems of any size, pair after pair of the same shape.
+
+    forward:   pack → logsumexp (→ logsumexp of the columns) → terms
+    backward:  pack → weights → gradient of x → gradient of y → unpack
+
+Memory besides the results: unit vectors in the inputs' dtype, their gradients in float32, and a few
+numbers a row; never a matrix of logits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from torch import Tensor
+
+from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.triton import tiles
+from hdc_kernels.backends.triton.arithmetic import LOG2_E
+from hdc_kernels.backends.triton.gradient import gradient_kernel, weights_kernel
+from hdc_kernels.backends.triton.logsumexp import fixed_shift, logsumexp_kernel, terms_kernel
+from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision, strides
+from hdc_kernels.backends.triton.pack import pack_kernel
+from hdc_kernels.backends.triton.unpack import unpack_kernel
+
+ROWS = 128  # of one program that does nothing but arithmetic on rows
+ELEMENTS = 2048  # of one program that reads embeddings
+
+
+class Units(NamedTuple):
+    """Packed unit vectors of G problems of one shape."""
+
+    x: Tensor  # [G, M padded, D padded]
+    y: Tensor  # [G, N padded, D padded]
+    positive: Tensor  # [G, M] float32
+    M: int
+    N: int
+    D: int
+
+
+def same_shapes(problems: Problems) -> list[Problems]:
+    """Runs of pairs that differ in their number of problems alone; each run is launched at once."""
+    runs: list[list[int]] = []
+    shape = None
+    for pair, (x, y) in enumerate(zip(problems.x, problems.y, strict=True)):
+        if (x.shape[1:], y.shape[1:]) != shape:
+            shape = (x.shape[1:], y.shape[1:])
+            runs.append([])
+        runs[-1].append(pair)
+    return [
+        problems._replace(
+            x=problems.x[run[0] : run[-1] + 1],
+            y=problems.y[run[0] : run[-1] + 1],
+            weights=problems.weights[run[0] : run[-1] + 1],
+        )
+        for run in runs
+    ]
+
+
+def pack(problems: Problems) -> Units:
+    """Normalise the embeddings of pairs of one shape."""
+    G = sum(x.shape[0] for x in problems.x)
+    x, y = problems.x[0], problems.y[0]
+    M, N, D = x.shape[1], y.shape[1], x.shape[2]
+    depth = tiles.padded_dimensions(D)
+    x_units = x.new_empty(G, _padded(M), depth)
+    y_units = x.new_empty(G, _padded(N), depth)
+    positive = torch.empty(G, M, dtype=torch.float32, device=x.device)
+    block_d = triton.next_power_of_2(depth)
+    rows = max(1, ELEMENTS // block_d)
+    pack_kernel[(G * triton.cdiv(y_units.shape[1], rows),)](
+        problems.x,
+        problems.y,
+        strides(problems.x),
+        strides(problems.y),
+        _firsts(problems),
+        x_units,
+        y_units,
+        positive,
+        problems.temperature,
+        M,
+        N,
+        D,
+        x_units.shape[1],
+        y_units.shape[1],
+        depth,
+        LEARNED=isinstance(problems.temperature, Tensor),
+        NORMALIZE=problems.normalize,
+        ROWS=rows,
+        BLOCK_D=block_d,
+    )
+    return Units(x_units, y_units, positive, M, N, D)
+
+
+def _firsts(problems: Problems) -> tuple[int, ...]:
+    """Each pair's first problem."""
+    firsts = [0]
+    for x in problems.x[:-1]:
+        firsts.append(firsts[-1] + x.shape[0])
+    return tuple(firsts)
+
+
+def _padded(rows: int) -> int:
+    """A multiple of every tile that `rows` rows are given."""
+    block = min(128, max(16, triton.next_power_of_2(rows)))
+    return triton.cdiv(rows, block) * block
+
+
+def _sums(
+    problems: Problems, own: Tensor, other: Tensor, own_count: int, other_count: int, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch `logsumexp_kernel`: highest, total [splits, G, padded], diagonal, and column totals."""
+    G, own_padded, depth = own.shape
+    other_padded = other.shape[1]
+    shift = fixed_shift(problems, other_count)
+    tile = tiles.fitted(
+        tiles.forward_tiles(depth, own.dtype, precision()), own_count, other_count
+    )
+    blocks = triton.cdiv(own_count, tile.own)
+    splits = tiles.splits(blocks * G, triton.cdiv(other_count, tile.other), own.device)
+    new = dict(dtype=torch.float32, device=own.device)
+    highest, total = torch.empty(2, splits, G, own_padded, **new)
+    diagonal = torch.empty(G, own_padded, **new)
+    column_total = torch.empty(blocks, G, other_padded, **new) if columns else total
+    logsumexp_kernel[(blocks * splits * G,)](
+        own,
+        other,
+        highest,
+        total,
+        diagonal,
+        column_total,
+        problems.temperature,
+        0.0 if shift is None else shift * LOG2_E.value,
+        own_count,
+        other_count,
+        blocks,
+        splits,
+        G,
+        own_padded,
+        other_padded,
+        LEARNED=isinstance(problems.temperature, Tensor),
+        RUNNING=shift is None,
+        COLUMNS=columns,
+        PRECISION=precision(),
+        DEPTH=tile.depth,
+        CHUNKS=depth // tile.depth,
+        OWN=tile.own,
+        OTHER=tile.other,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return highest, total, diagonal, column_total
+
+
+def _terms(problems: Problems, units: Units, loss: Tensor, hits: Tensor, lse: Tensor) -> Tensor:
+    """Fill in the terms of pairs of one shape; parts of their weighted sum."""
+    shift = fixed_shift(problems, units.N)
+    running = shift is None
+    highest, total, diagonal, column_total = _sums(
+        problems, units.x, units.y, units.M, units.N, problems.symmetric and not running
+    )
+    column_highest = highest
+    if problems.symmetric and running:
+        column_highest, column_total, _, _ = _sums(
+            problems, units.y, units.x, units.N, units.M, False
+        )
+    G = units.x.shape[0]
+    programs = G * triton.cdiv(units.M, ROWS)
+    weighted = torch.empty(programs, dtype=torch.float32, device=loss.device)
+    terms_kernel[(programs,)](
+        highest,
+        total,
+        diagonal,
+        column_highest,
+        column_total,
+        units.positive,
+        problems.weights,
+        _firsts(problems),
+        problems.temperature,
+        0.0 if shift is None else shift * LOG2_E.value,
+        loss,
+        hits,
+        lse[0],
+        lse[-1],
+        weighted,
+        units.M,
+        total.shape[0],
+        column_total.shape[0],
+        G,
+        units.x.shape[1],
+        units.y.shape[1],
+        LEARNED=isinstance(problems.temperature, Tensor),
+        RUNNING=running,
+        SYMMETRIC=problems.symmetric,
+        ROWS=ROWS,
+    )
+    return weighted
+
+
+def _negatives(
+    problems: Problems,
+    own: Tensor,
+    other: Tensor,
+    own_count: int,
+    other_count: int,
+    own_term: tuple[Tensor, Tensor] | None,
+    other_term: tuple[Tensor, Tensor] | None,
+    largest: Tensor,
+) -> Tensor:
+    """Launch `gradient_kernel`: the negatives' part of the gradient, [splits, G, padded, D padded].
+
+    A term is the weight and the shift of its vectors, [G, padded] each.
+    """
+    G, own_padded, depth = own.shape
+    tile = tiles.fitted(
+        tiles.gradient_tiles(depth, own.dtype, precision()), own_count, other_count
+    )
+    blocks = triton.cdiv(own_count, tile.own)
+    parts = depth // tile.width
+    splits = tiles.splits(blocks * parts * G, triton.cdiv(other_count, tile.other), own.device)
+    gradient = own.new_empty(splits, G, own_padded, depth, dtype=torch.float32)
+    unused = (largest, largest)
+    gradient_kernel[(blocks * parts * splits * G,)](
+        own,
+        other,
+        *(own_term or unused),
+        *(other_term or unused),
+        largest,
+        gradient,
+        problems.temperature,
+        own_count,
+        other_count,
+        blocks,
+        splits,
+        largest.shape[1],
+        G,
+        own_padded,
+        other.shape[1],
+        OWN_TERM=own_term is not None,
+        OTHER_TERM=other_term is not None,
+        LEARNED=isinstance(problems.temperature, Tensor),
+        PRECISION=precision(),
+        DEPTH=tile.depth,
+        CHUNKS=depth // tile.depth,
+        WIDTH=tile.width,
+        OWN=tile.own,
+        OTHER=tile.other,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return gradient
+
+
+def _gradients(
+    problems: Problems,
+    units: Units,
+    lse: Tensor,
+    upstream: Tensor | None,
+    dx: tuple[Tensor, ...],
+    dy: tuple[Tensor, ...],
+) -> Tensor:
+    """Fill in the gradients of pairs of one shape; parts of the temperature's."""
+    x, y, positive, M, N, D = units
+    G, padded, depth = x.shape
+    new = dict(dtype=torch.float32, device=x.device)
+    weight, shift = torch.empty(2, 1 + problems.symmetric, G, padded, **new)
+    largest = torch.empty(G, triton.cdiv(padded, ROWS), **new)
+    weights_kernel[(largest.numel(),)](
+        positive,
+        lse[0],
+        lse[-1],
+        problems.weights,
+        _firsts(problems),
+        positive if upstream is None else upstream,
+        weight,
+        shift,
+        largest,
+        M,
+        G,
+        padded,
+        PER_ROW=upstream is not None,
+        SYMMETRIC=problems.symmetric,
+        ROWS=ROWS,
+    )
+    of_rows = weight[0], shift[0]
+    of_columns = (weight[1], shift[1]) if problems.symmetric else None
+    dx_units = _negatives(problems, x, y, M, N, of_rows, of_columns, largest)
+    dy_units = _negatives(problems, y, x, N, M, of_columns, of_rows, largest)
+
+    block_d = triton.next_power_of_2(depth)
+    rows = max(1, ELEMENTS // block_d)
+    programs = G * triton.cdiv(N, rows)
+    d_temperature = torch.empty(programs, **new)
+    unpack_kernel[(programs,)](
+        problems.x,
+        problems.y,
+        dx,
+        dy,
+        strides(problems.x),
+        strides(problems.y),
+        strides(dx),
+        strides(dy),
+        _firsts(problems),
+        dx_units,
+        dy_units,
+        weight,
+        d_temperature,
+        problems.temperature,
+        M,
+        N,
+        D,
+        padded,
+        y.shape[1],
+        depth,
+        G,
+        dx_units.shape[0],
+        dy_units.shape[0],
+        LEARNED=isinstance(problems.temperature, Tensor),
+        SYMMETRIC=problems.symmetric,
+        NORMALIZE=problems.normalize,
+        ROWS=rows,
+        BLOCK_D=block_d,
+    )
+    return d_temperature
+
+
+def contrast(
+    problems: Problems, lse: Tensor | None, upstream: Tensor | None, *, gradients: bool
+) -> tuple[Terms | None, Gradients | None]:
+    """Terms unless their `lse` is given, and `gradients` of their total or of Σ upstream · terms."""
+    results = empty_terms(problems) if lse is None else None
+    known = results[2] if lse is None else lse
+    dx, dy = empty_gradients(problems) if gradients else ((), ())
+    totals, d_temperatures = [], []
+    pair, start = 0, 0
+    for run in same_shapes(problems):
+        pairs = slice(pair, pair + len(run.x))
+        units = pack(run)
+        rows = slice(start, start + units.positive.numel())
+        if results is not None:
+            loss, hits, _ = results
+            totals.append(_terms(run, units, loss[rows], hits[rows], known[:, rows]))
+        if gradients:
+            here = None if upstream is None else upstream[rows]
+            d_temperatures.append(_gradients(run, units, known[:, rows], here, dx[pairs], dy[pairs]))
+        pair, start = pairs.stop, rows.stop
+    terms = Terms(torch.cat(totals).sum(), *results) if results is not None else None
+    return terms, Gradients(dx, dy, torch.cat(d_temperatures).sum()) if gradients else None

@@ -1,0 +1,76 @@
+"""A call of the primitive: everything about it but its tensors, and what can be made of both."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdc_kernels.backends import Problems, plain
+from hdc_kernels.selection import implementation
+
+
+class Call(NamedTuple):
+    """The options of `contrast`, as `autograd.py` and `operators.py` hand them on."""
+
+    backend: str
+    weights: tuple[float, ...] | None  # None: the value is the terms
+    temperature: float  # unless it is a tensor
+    symmetric: bool
+    normalize: bool
+    pairs: int
+
+    def problems(self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]) -> Problems:
+        """What a backend takes."""
+        return Problems(
+            tuple(map(_grouped, x)),
+            tuple(map(_grouped, y)),
+            (1.0,) * self.pairs if self.weights is None else self.weights,
+            self.temperature if tau is None else tau,
+            self.normalize,
+            self.symmetric,
+        )
+
+    def plain(
+        self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, terms and hits in differentiable PyTorch."""
+        problems = self.problems(tau, x, y)
+        terms, hits = plain.terms(problems, chunked=self.backend == "chunked")
+        return terms if self.weights is None else plain.total(problems, terms), terms, hits
+
+    def step(
+        self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Total, terms, hits, and for `scale` the total's gradients (*dx, *dy, dτ)."""
+        terms, gradients = implementation(self.backend).step(self.problems(tau, x, y))
+        made = [*_like((*gradients.x, *gradients.y), (*x, *y)), gradients.temperature]
+        return terms.total, terms.loss, terms.hits, made
+
+    def backward(
+        self,
+        tau: Tensor | None,
+        x: Sequence[Tensor],
+        y: Sequence[Tensor],
+        lse: Tensor,
+        upstream: Tensor,
+    ) -> list[Tensor]:
+        """(*dx, *dy, dτ) of Σ upstream · terms."""
+        problems = self.problems(tau, x, y)
+        gradients = implementation(self.backend).backward(problems, lse, upstream)
+        return [*_like((*gradients.x, *gradients.y), (*x, *y)), gradients.temperature]
+
+
+def scale(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16)."""
+    return [*((d * upstream).to(dtype) for d in made[:-1]), made[-1] * upstream]
+
+
+def _grouped(x: Tensor) -> Tensor:
+    return x.unsqueeze(0) if x.dim() == 2 else x
+
+
+def _like(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of `_grouped` inputs as gradients of the inputs."""
+    pairs = zip(gradients, inputs, strict=True)
+    return [g.squeeze(0) if x.dim() == 2 else g for g, x in pairs]

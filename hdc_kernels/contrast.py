@@ -1,0 +1,76 @@
+"""The one quadratic operation that every loss is made of.
+
+What it computes is said in `hdc_kernels/backends/__init__.py`; here a call finds its way: plain PyTorch as
+it is, `autograd.py` in eager mode, `operators.py` while compiling. Inputs keep their dtypes under autocast:
+whatever comes in, the kernels accumulate in float32 or wider.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import operators
+from hdc_kernels.autograd import Value
+from hdc_kernels.backends import plain
+from hdc_kernels.call import Call
+from hdc_kernels.selection import implementation, select
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Contrast(NamedTuple):
+    """`value` has gradients: Σ_k weights[k] · Σ terms_k, or without weights the terms. The rest has none.
+
+    All are flat, [T], pair after pair, but for the total, which has no dimension.
+    """
+
+    value: Tensor
+    terms: Tensor
+    hits: Tensor
+
+
+def contrast(
+    pairs: Sequence[Pair],
+    *,
+    weights: Sequence[float] | None,
+    temperature: float | Tensor,
+    symmetric: bool = False,
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Contrast:
+    """The InfoNCE term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
+
+    With `weights`, one per pair, the value is the weighted total and its gradients are made on the way, so
+    that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
+    """
+    x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    tau = temperature if isinstance(temperature, Tensor) else None
+    call = Call(
+        select(backend, x, y),
+        None if weights is None else tuple(weights),
+        0.0 if isinstance(temperature, Tensor) else float(temperature),
+        symmetric,
+        normalize,
+        len(pairs),
+    )
+    if call.backend in ("torch", "chunked"):
+        value, terms, hits = call.plain(tau, x, y)
+        return Contrast(value, terms.detach(), hits)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (tau, *x, *y)
+    )
+    if torch.compiler.is_compiling():
+        options = (call.temperature, symmetric, normalize, call.backend)
+        if weights is not None and differentiable:
+            value, terms, hits, _ = operators.contrast_total(x, y, tau, weights, *options)
+            return Contrast(value, terms, hits)
+        terms, hits, _ = operators.contrast_terms(x, y, tau, *options)
+        value = terms if weights is None else plain.total(call.problems(tau, x, y), terms)
+        return Contrast(value, terms.detach(), hits)
+    if differentiable:
+        value, hits, *rest = Value.apply(call, tau, *x, *y)
+        return Contrast(value, value.detach() if weights is None else rest[0], hits)
+    result = implementation(call.backend).forward(call.problems(tau, x, y))
+    return Contrast(result.loss if weights is None else result.total, result.loss, result.hits)

@@ -1,0 +1,164 @@
+"""The primitive as registered operators, for `torch.compile`, `torch.export` and CUDA graph trees.
+
+`torch.ops.hdc_kernels.contrast_total`, `contrast_terms` and `contrast_gradient`: one graph, no break. Under
+autocast they take what they are given, as the eager path does: nothing is cast.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.call import Call, scale
+from hdc_kernels.selection import implementation
+
+
+@torch.library.custom_op("hdc_kernels::contrast_total", mutates_args=())
+def contrast_total(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    weights: Sequence[float],
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Total, terms, hits, and the total's gradients (*dx, *dy, dτ) in the dtype it is computed in."""
+    call = Call(backend, tuple(weights), temperature, symmetric, normalize, len(x))
+    return call.step(tau, x, y)
+
+
+@contrast_total.register_fake
+def _(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    weights: Sequence[float],
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dtype = reference.compute_dtype(x[0].dtype)
+    terms, hits = _flat(x, dtype), _flat(x, torch.bool)
+    scalar = x[0].new_empty((), dtype=dtype)
+    made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
+    return scalar, terms, hits, [*made, torch.empty_like(scalar)]
+
+
+def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, _, ctx.tau, *_ = inputs
+    _, terms, hits, made = output
+    ctx.pairs, ctx.dtype = len(x), x[0].dtype
+    ctx.save_for_backward(*made)
+    ctx.mark_non_differentiable(terms, hits, *made)
+    ctx.set_materialize_grads(False)
+
+
+def _total_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        nothing = [None] * ctx.pairs
+        return nothing, nothing, *(None,) * 6
+    *d_xy, d_tau = scale(ctx.saved_tensors, upstream, ctx.dtype)
+    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 5
+
+
+contrast_total.register_autograd(_total_backward, setup_context=_total_context)
+
+
+@torch.library.custom_op("hdc_kernels::contrast_terms", mutates_args=())
+def contrast_terms(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms, hits and logsumexps."""
+    call = Call(backend, None, temperature, symmetric, normalize, len(x))
+    result = implementation(backend).forward(call.problems(tau, x, y))
+    return result.loss, result.hits, result.lse
+
+
+@contrast_terms.register_fake
+def _(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    terms = _flat(x, reference.compute_dtype(x[0].dtype))
+    lse = implementation(backend).LSE_DTYPE
+    return terms, _flat(x, torch.bool), terms.new_empty((1 + symmetric, len(terms)), dtype=lse)
+
+
+def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, y, ctx.tau, *ctx.options = inputs
+    _, hits, lse = output
+    ctx.pairs = len(x)
+    ctx.save_for_backward(*x, *y, lse)
+    ctx.mark_non_differentiable(hits, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        nothing = [None] * ctx.pairs
+        return nothing, nothing, *(None,) * 5
+    *xy, lse = ctx.saved_tensors
+    x, y = xy[: ctx.pairs], xy[ctx.pairs :]
+    *d_xy, d_tau = contrast_gradient(x, y, ctx.tau, *ctx.options, lse, upstream)
+    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 4
+
+
+contrast_terms.register_autograd(_terms_backward, setup_context=_terms_context)
+
+
+@torch.library.custom_op("hdc_kernels::contrast_gradient", mutates_args=())
+def contrast_gradient(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+    lse: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    """(*dx, *dy, dτ) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
+    call = Call(backend, None, temperature, symmetric, normalize, len(x))
+    return call.backward(tau, x, y, lse, upstream)
+
+
+@contrast_gradient.register_fake
+def _(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    backend: str,
+    lse: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
+    return [*(torch.empty_like(t) for t in (*x, *y)), d_tau]
+
+
+def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[T]: one entry for each row of each x."""
+    return x[0].new_empty(sum(t.shape[:-1].numel() for t in x), dtype=dtype)
+
+
+def _shaped(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:
+    return None if tau is None else d_tau.to(tau.dtype).view(tau.shape)

@@ -1,0 +1,83 @@
+"""Which backend runs a call: the one asked for, or the fastest that can.
+
+The rule of "auto":
+
+    CPU tensors      "cpu", if the C++ library was built
+    CUDA tensors     "triton", if Triton is installed, but not for float64
+    anything else    "torch" up to PLAIN_LOGITS logits, "chunked" above
+
+`bench/results/README.md` says what was measured to arrive at it.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hdc_kernels.backends import Implementation
+
+PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
+
+
+def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor]) -> str:
+    """The name of the backend for these tensors; raises ValueError if it is missing or does not fit."""
+    device, dtype = x[0].device.type, x[0].dtype
+    if backend == "auto":
+        if device == "cpu" and _has_library():
+            return "cpu"
+        if device == "cuda" and dtype != torch.float64 and _has_triton():
+            return "triton"
+        logits = sum(a.numel() // a.shape[-1] * b.shape[-2] for a, b in zip(x, y, strict=True))
+        return "torch" if logits <= PLAIN_LOGITS else "chunked"
+    if backend == "cpu":
+        if device != "cpu":
+            raise ValueError(f"backend is 'cpu' but the tensors are on {device}; use 'auto'")
+        if not _has_library():
+            raise ValueError(
+                "backend is 'cpu' but its C++ library was not built; install a C++ compiler "
+                "(g++ or clang++), then reinstall this package"
+            )
+    if backend == "triton":
+        if not _has_triton():
+            raise ValueError("backend is 'triton' but Triton is not installed; pip install triton")
+        if device != "cuda" and not _interpreted():
+            raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
+        if dtype == torch.float64:
+            raise ValueError("backend is 'triton' but the tensors are float64; use 'auto'")
+    return backend
+
+
+@functools.cache
+def implementation(name: str) -> Implementation:
+    """The module of a backend that `select` named."""
+    return cast(Implementation, importlib.import_module(f"hdc_kernels.backends.{name}"))
+
+
+# For the compiler these three are constants: it cannot look into ctypes and imports.
+@torch.compiler.assume_constant_result
+def _has_library() -> bool:
+    from hdc_kernels.backends import cpu
+
+    return cpu.is_available()
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors, slowly, for tests."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
