@@ -1,8 +1,9 @@
-"""The primitive as an `autograd.Function`: half the overhead of a registered operator, and torch.func.
+"""The primitive as an `autograd.Function`: half the overhead of a registered operator; and for torch.func.
 
 Second derivatives are those of `backends/plain.py`, which holds the logits; first ones never do.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,25 +13,27 @@ from hdc_kernels.call import Call, scale
 from hdc_kernels.selection import implementation
 
 
+def value(call: Call, tau: Tensor | None, xy: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (which has gradients), terms and hits."""
+    # Under torch.func, results travel by `setup_context`, which costs 15 µs more a call.
+    if torch._C._are_functorch_transforms_active():
+        result, hits, *rest = TransformedValue.apply(call, tau, *xy)
+    else:
+        result, hits, *rest = Value.apply(call, tau, *xy)
+    return result, result.detach() if call.weights is None else rest[0], hits
+
+
 class Value(torch.autograd.Function):
-    """(call, τ or None, *x, *y) -> with weights (total, hits, terms, *made), without (terms, hits, lse)."""
+    """(call, τ or None, *x, *y) -> (value, hits), with weights also the terms."""
 
     @staticmethod
-    def forward(call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
-        x, y = xy[: call.pairs], xy[call.pairs :]
-        if call.weights is None:
-            result = implementation(call.backend).forward(call.problems(tau, x, y))
-            return result.loss, result.hits, result.lse
-        total, terms, hits, made = call.step(tau, x, y)
-        return total, hits, terms, *made
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, *tensors = inputs
-        made = output[2:] if ctx.call.weights is None else output[3:]
-        ctx.save_for_backward(*tensors, *made)
-        ctx.mark_non_differentiable(*output[1:])
+    def forward(ctx: Any, call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
+        shown, made = _evaluate(call, tau, xy)
+        ctx.call = call
+        ctx.save_for_backward(tau, *xy, *made)
+        ctx.mark_non_differentiable(*shown[1:])
         ctx.set_materialize_grads(False)
+        return shown
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -38,6 +41,24 @@ class Value(torch.autograd.Function):
             return tuple(None for _ in ctx.needs_input_grad)
         differentiate = Gradient.apply if torch.is_grad_enabled() else _gradient
         return None, *differentiate(ctx.call, upstream, *ctx.saved_tensors)
+
+
+class TransformedValue(torch.autograd.Function):
+    """`Value`, showing to torch.func what it saves: what it made on the way comes out behind the rest."""
+
+    @staticmethod
+    def forward(call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
+        shown, made = _evaluate(call, tau, xy)
+        return *shown, *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output[2 if ctx.call.weights is None else 3 :])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    backward = Value.backward
 
 
 class Gradient(torch.autograd.Function):
@@ -79,10 +100,22 @@ class Gradient(torch.autograd.Function):
         return None, *results, *(None for _ in ctx.needs_input_grad[1 + len(results) :])
 
 
+def _evaluate(
+    call: Call, tau: Tensor | None, xy: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+    """What `Value` shows, and what it keeps for `_gradient`: the total's gradients, or logsumexps."""
+    x, y = xy[: call.pairs], xy[call.pairs :]
+    if call.weights is None:
+        result = implementation(call.backend).forward(call.problems(tau, x, y))
+        return (result.loss, result.hits), [result.lse]
+    total, terms, hits, made = call.step(tau, x, y)
+    return (total, hits, terms), made
+
+
 def _gradient(
     call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, *dx, *dy) out of what `Value` made: gradients of the total, or logsumexps."""
+    """(dτ or None, *dx, *dy) out of what `_evaluate` made."""
     xy, made = rest[: 2 * call.pairs], rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]

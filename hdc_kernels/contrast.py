@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdc_kernels import operators
-from hdc_kernels.autograd import Value
+from hdc_kernels import autograd, operators
 from hdc_kernels.backends import plain
 from hdc_kernels.call import Call
 from hdc_kernels.selection import implementation, select
@@ -70,7 +69,6 @@ def contrast(
         value = terms if weights is None else plain.total(call.problems(tau, x, y), terms)
         return Contrast(value, terms.detach(), hits)
     if differentiable:
-        value, hits, *rest = Value.apply(call, tau, *x, *y)
-        return Contrast(value, value.detach() if weights is None else rest[0], hits)
+        return Contrast(*autograd.value(call, tau, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, x, y))
     return Contrast(result.loss if weights is None else result.total, result.loss, result.hits)

@@ -1,0 +1,143 @@
+"""Compiles the Triton kernels ahead of time and prints what they need: one JSON object a kernel.
+
+    python tests/triton_resources.py "case" ...      a case is dtype:precision:rows:dimensions:symmetric
+
+No GPU takes part. The launches that `step` makes are recorded, not run, and compiled with the same
+arguments' types for several targets; registers, stack and instructions are read from the binaries.
+TRITON_INTERPRET must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hdc_kernels.backends import Problems
+from hdc_kernels.backends.triton import general, small
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+}
+
+
+class Recorder:
+    """Stands for a kernel and keeps its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def record(problems: Problems, module: Any) -> list[Any]:
+    """The launches of one step."""
+    launches: list[Any] = []
+    for name, value in list(vars(module).items()):
+        if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+            setattr(module, name, Recorder(value, launches))
+    if module is small:
+        small.contrast(problems, None, gradients=True)
+    else:
+        general.contrast(problems, None, None, gradients=True)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Recorder):
+            setattr(module, name, value.kernel)
+    return launches
+
+
+def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict]:
+    """The launch as Triton specialises it."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1:
+            constants[path] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    options = dict(options)
+    signature: dict[str, Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if i < len(args):
+            signature[name] = describe(args[i], (i,))
+        else:
+            constants[(i,)] = options.pop(name)
+            signature[name] = "constexpr"
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(compiled: Any, target: str) -> dict[str, Any]:
+    """Shared memory, registers, spills and tensor-core instructions of a compiled kernel."""
+    found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        found["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        found["tensor"] = len(re.findall(r"\bv_mfma", text))
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
+    found["local"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    found["tensor"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))
+    found["wgmma"] = len(re.findall(r"\bHGMMA\b", code))
+    return found
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    for case in sys.argv[1:]:
+        target, dtype, precision, rows, dimensions, symmetric = case.split(":")
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+        shape = (2, int(rows), int(dimensions))
+        x = torch.empty(shape, dtype=getattr(torch, dtype))
+        problems = Problems((x, x), (x, x), (1.0, 1.0), 0.07, True, symmetric == "symmetric")
+        module = small if small.fits(problems) else general
+        for kernel, args, options in record(problems, module):
+            compiled_source, flags = source(kernel, args, options)
+            compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)
+            found = {"case": case, "kernel": kernel.__name__, **resources(compiled, target)}
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
