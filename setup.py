@@ -13,7 +13,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
 # csrc/contrast_isa.cpp once for each instruction set: name, width of its vectors in bytes, flags.
 INSTRUCTION_SETS = [("portable", 16, [])]
 DISPATCH = []
@@ -51,7 +58,9 @@ class BuildKernels(build_ext):
             name, source, flags = job
             folder = str(Path(self.build_temp, name))
             flags = [*FLAGS, *openmp, *flags]
-            return self.compiler.compile([source], folder, extra_postargs=flags, depends=ext.depends)
+            return self.compiler.compile(
+                [source], folder, extra_postargs=flags, depends=ext.depends
+            )
 
         jobs = [("dispatch", "csrc/contrast.cpp", DISPATCH)]
         for name, width, flags in INSTRUCTION_SETS:

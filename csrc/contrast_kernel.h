@@ -154,11 +154,11 @@ class Contrast {
 
     int64_t blocks() const { return (group.columns + BLOCK - 1) / BLOCK; }
 
-    static double dot(const T* a, const T* b, int64_t width) {
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < width; d++) sum += double(a[d]) * double(b[d]);
-        return sum;
+    // Σ a·b in float64 over a packed row.
+    double dot(const T* a, const T* b) const {
+        Vector<double> sum{};
+        for (int64_t d = 0; d < packed.width; d += LANES<double>) sum += load_wide(a + d) * load_wide(b + d);
+        return sum_of_lanes<double>(sum);
     }
 
     // Row j of Ŷ out of its slices.
@@ -175,8 +175,9 @@ class Contrast {
             for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d]);
         else
             for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d * stride]);
+        std::fill(out + width, out + packed.width, T(0));
         if (!normalize) return 1;
-        const double norm = std::sqrt(dot(out, out, width)), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
+        const double norm = std::sqrt(dot(out, out)), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
         for (int64_t d = 0; d < width; d++) out[d] = T(double(out[d]) * inverse);
         return inverse;
     }
@@ -195,7 +196,7 @@ class Contrast {
     void similarities(int64_t block, T* out) {
         const int64_t begin = block * BLOCK, end = begin + columns_of(block);
         for (int64_t column = begin; column < end; column += W)
-            multiply<T, BY_ROW, false>(count, packed.x + first * packed.width, packed.width,
+            multiply<T, BY_ROW, false>(count, end - column, packed.x + first * packed.width, packed.width,
                                        packed.y_transposed + column * packed.width, group.width,
                                        out + (column - begin), STRIDE);
         constexpr T nothing = -std::numeric_limits<T>::infinity();
@@ -204,7 +205,7 @@ class Contrast {
             own.diagonal[i - first] = positive;
             positive = nothing;
         }
-        const int64_t padded = std::min(round_up(end - begin, W), BLOCK);
+        const int64_t padded = round_up(end - begin, V);
         if (end - begin < padded)
             for (int64_t i = 0; i < count; i++) std::fill(out + i * STRIDE + (end - begin), out + i * STRIDE + padded, nothing);
     }
@@ -212,14 +213,14 @@ class Contrast {
     // O += block · Ŷ
     void add_to_sums(const T* coefficients, int64_t block) {
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_ROW, true>(count, coefficients, STRIDE, packed.y + d * packed.columns + block * BLOCK * W,
+            multiply<T, BY_ROW, true>(count, group.width - d, coefficients, STRIDE, packed.y + d * packed.columns + block * BLOCK * W,
                                       columns_of(block), own.sums + d * own.panel_rows, W);
     }
 
     // dŶ += blockᵀ · weighted X̂
     void add_to_dy(const T* coefficients, int64_t block) {
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_STEP, true>(columns_of(block), coefficients, STRIDE, own.weighted + d * own.panel_rows, count,
+            multiply<T, BY_STEP, true>(columns_of(block), group.width - d, coefficients, STRIDE, own.weighted + d * own.panel_rows, count,
                                        own.dy + d * packed.columns + block * BLOCK * W, W);
     }
 
@@ -294,11 +295,7 @@ class Contrast {
           scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
 
     void pack_x(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++) {
-            T* row = packed.x + i * packed.width;
-            packed.x_inverse[i] = read(group.x, i, row);
-            std::fill(row + group.width, row + packed.width, T(0));
-        }
+        for (int64_t i = rows.begin; i < rows.end; i++) packed.x_inverse[i] = read(group.x, i, packed.x + i * packed.width);
     }
 
     // `columns` begins at a whole tile.
@@ -320,7 +317,7 @@ class Contrast {
 
     void dot_positives(Share rows) {
         for (int64_t i = rows.begin; i < rows.end; i++)
-            packed.positive[i] = dot(packed.x + i * packed.width, gather_y(i, own.tile), packed.width);
+            packed.positive[i] = dot(packed.x + i * packed.width, gather_y(i, own.tile));
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
@@ -370,7 +367,7 @@ class Contrast {
             const Vector<T> highest = load(own.row_maximum + i * V);
             Vector<T> sum{};
             for (int64_t j = 0; j < width; j += V) {
-                const Vector<T> e = exp2<T>((load(row + j) - highest) * scale2);
+                const Vector<T> e = exp2((load(row + j) - highest) * scale2);
                 store(row + j, e);
                 sum += e;
             }
@@ -395,7 +392,7 @@ class Contrast {
             for (int64_t i = 0; i < count; i++) {
                 const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);
                 const T highest = highest_lane<T>(maxima);
-                finish_row(i, highest, sum_of_lanes<T>(sums * exp2<T>((maxima - highest) * scale2)));
+                finish_row(i, highest, sum_of_lanes<T>(sums * exp2((maxima - highest) * scale2)));
             }
         }
     }
@@ -404,8 +401,8 @@ class Contrast {
         for (int64_t i = 0; i < count; i++) {
             const T* row = own.panel + i * STRIDE;
             const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
-            Vector<T> sum = load(own.row_sum + i * V) * exp2<T>((before - now) * scale2);
-            for (int64_t j = 0; j < width; j += V) sum += exp2<T>((load(row + j) - now) * scale2);
+            Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2);
+            for (int64_t j = 0; j < width; j += V) sum += exp2((load(row + j) - now) * scale2);
             store(own.row_maximum + i * V, now);
             store(own.row_sum + i * V, sum);
         }
@@ -418,9 +415,9 @@ class Contrast {
             const Vector<T> before = load(maxima);
             Vector<T> now = before, sum{};
             for (int64_t i = 0; i < count; i++) now = maximum<T>(now, load(own.panel + i * STRIDE + j));
-            for (int64_t i = 0; i < count; i++) sum += exp2<T>((load(own.panel + i * STRIDE + j) - now) * scale2);
+            for (int64_t i = 0; i < count; i++) sum += exp2((load(own.panel + i * STRIDE + j) - now) * scale2);
             store(maxima, now);
-            store(sums, load(sums) * exp2<T>((before - now) * scale2) + sum);
+            store(sums, load(sums) * exp2((before - now) * scale2) + sum);
         }
     }
 
@@ -492,8 +489,8 @@ class Contrast {
             split(packed.row_lse[first + i], packed.row_weight[first + i], lse2, factor);
             for (int64_t j = 0; j < width; j += V) {
                 const Vector<T> s = load(row + j) * scale2;
-                Vector<T> g = factor * exp2<T>(s - lse2);
-                if (symmetric) g += load(own.column_sum + begin + j) * exp2<T>(s - load(own.column_maximum + begin + j));
+                Vector<T> g = factor * exp2(s - lse2);
+                if (symmetric) g += load(own.column_sum + begin + j) * exp2(s - load(own.column_maximum + begin + j));
                 store(row + j, g);
             }
         }

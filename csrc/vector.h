@@ -4,7 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
+
+#if HDC_VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
 
 namespace HDC_ISA {
 
@@ -44,6 +49,14 @@ inline void store(T* to, Vector<T> value) {
 template <typename T>
 inline Vector<T> broadcast(T value) {
     return value - Vector<T>{};
+}
+
+// As many values as a vector of float64 has, widened to float64.
+inline Vector<double> load_wide(const double* from) { return load(from); }
+
+inline Vector<double> load_wide(const float* from) {
+    typedef float half __attribute__((vector_size(HDC_VECTOR_BYTES / 2), aligned(4), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const half*>(from), Vector<double>);
 }
 
 // NaN in `a` is passed over: NaN reaches the result through the sums, not through the maxima.
@@ -125,21 +138,42 @@ struct Exp2<double> {
     static constexpr int bias = 1023, mantissa = 52;
 };
 
-// 2^x for x ≤ 0 (a few above 0 do no harm). −inf gives 0, NaN gives NaN.
+// 2^f by its polynomial.
 template <typename T>
-inline Vector<T> exp2(Vector<T> x) {
+inline Vector<T> exp2_of_fraction(Vector<T> fraction) {
+    constexpr int degree = sizeof(Exp2<T>::coefficients) / sizeof(T) - 1;
+    Vector<T> power = broadcast(Exp2<T>::coefficients[degree]);
+#pragma GCC unroll 16
+    for (int k = degree - 1; k >= 0; k--) power = power * fraction + Exp2<T>::coefficients[k];
+    return power;
+}
+
+// 2^x for x ≤ 0 (a few above 0 do no harm). −inf gives 0, NaN gives NaN.
+#if HDC_VECTOR_BYTES == 64
+// AVX-512 has the fraction and the scaling by a power of 2 as one instruction each. Results below the smallest
+// normal number become 0 here too: arithmetic on subnormal ones is slow. NaN is not less than anything.
+inline Vector<float> exp2(Vector<float> x) {
+    const Vector<float> fraction = _mm512_reduce_round_ps(x, _MM_FROUND_TO_NEAREST_INT, _MM_FROUND_NO_EXC);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, broadcast(Exp2<float>::lowest), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, exp2_of_fraction<float>(fraction), x - fraction);
+}
+
+inline Vector<double> exp2(Vector<double> x) {
+    const Vector<double> fraction = _mm512_reduce_round_pd(x, _MM_FROUND_TO_NEAREST_INT, _MM_FROUND_NO_EXC);
+    const __mmask8 normal = _mm512_cmp_pd_mask(x, broadcast(Exp2<double>::lowest), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_pd(normal, exp2_of_fraction<double>(fraction), x - fraction);
+}
+#else
+template <typename V>
+inline V exp2(V x) {
+    using T = std::remove_cv_t<std::remove_reference_t<decltype(x[0])>>;
     using E = Exp2<T>;
     using Bits = typename VectorOf<T>::bits;
-    constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
-    const Vector<T> low = broadcast(E::lowest), bounded = x < low ? low : x;  // keeps NaN
-    const Vector<T> shifted = bounded + E::round;
-    const Vector<T> fraction = bounded - (shifted - E::round);
-    Vector<T> power = broadcast(E::coefficients[degree]);
-#pragma GCC unroll 16
-    for (int k = degree - 1; k >= 0; k--) power = power * fraction + E::coefficients[k];
-    const Vector<T> round = broadcast(E::round);
+    const V low = broadcast(E::lowest), bounded = x < low ? low : x;  // keeps NaN
+    const V shifted = bounded + E::round, round = broadcast(E::round);
     const Bits exponent = ((Bits)shifted - (Bits)round + E::bias) << E::mantissa;
-    return x < low ? Vector<T>{} : power * (Vector<T>)exponent;
+    return x < low ? V{} : exp2_of_fraction<T>(bounded - (shifted - round)) * (V)exponent;
 }
+#endif
 
 }  // namespace HDC_ISA

@@ -120,7 +120,9 @@ def _gradient(
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
         *d_xy, d_tau = call.backward(tau, x, y, made[0], upstream)
-    elif upstream.device.type == "cpu" and upstream.item() == 1:  # mostly; on a GPU, asking would wait
+    elif (
+        upstream.device.type == "cpu" and upstream.item() == 1
+    ):  # mostly; on a GPU, asking would wait
         *d_xy, d_tau = (*(d.to(xy[0].dtype) for d in made[:-1]), made[-1])
     else:
         *d_xy, d_tau = scale(made, upstream, xy[0].dtype)

@@ -39,8 +39,13 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise ValueError(f"temperature is {temperature}; it must be positive and finite")
 
 
-def check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str) -> None:
-    """Both tensors floating, of one shape, dtype and device. `shape` reads like "[..., B, D]"."""
+def check_pair(
+    names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str, *, extra_rows: bool = False
+) -> None:
+    """Both tensors floating, of one shape, dtype and device. `shape` reads like "[..., B, D]".
+
+    With `extra_rows`, the second may have more rows (its second-last dimension) than the first.
+    """
     for name, tensor in zip(names, pair, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
@@ -56,14 +61,21 @@ def check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str) 
         if tensor.numel() == 0:
             raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
     query, key = pair
-    for what in ("shape", "dtype", "device"):
+    for what in ("dtype", "device"):
         ours, theirs = getattr(query, what), getattr(key, what)
         if ours != theirs:
-            if what == "shape":
-                ours, theirs = _shape(query), _shape(key)
             raise ValueError(
                 f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"
             )
+    more = extra_rows and key.dim() == query.dim() and key.shape[-2] > query.shape[-2]
+    if key.shape != (
+        query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:] if more else query.shape
+    ):
+        allowed = f"{names[1]} may have more rows, otherwise " if extra_rows else ""
+        raise ValueError(
+            f"{names[1]} has shape {_shape(key)} but {names[0]} has {_shape(query)}; "
+            f"{allowed}they must be equal"
+        )
 
 
 def check_weights(

@@ -125,7 +125,9 @@ def fused_hd_nce(
     losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])
     accuracies = torch.stack([hit.mean() for hit in hits.float().split(sizes)])
     scales = len(spatial)
-    return value, HDNCEMetrics(losses[:scales], accuracies[:scales], losses[scales:], accuracies[scales:])
+    return value, HDNCEMetrics(
+        losses[:scales], accuracies[:scales], losses[scales:], accuracies[scales:]
+    )
 
 
 def _check(

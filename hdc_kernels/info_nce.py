@@ -21,11 +21,12 @@ def fused_info_nce(
     Args:
         query: [..., B, D], float64, float32, bfloat16 or float16. Leading dimensions are independent
             problems: a query is compared with the B keys of its own problem only.
-        key: [..., B, D]; `key[..., i, :]` is the positive of `query[..., i, :]`, the others are its
-            negatives. Same shape, dtype and device as `query`.
+        key: [..., N, D] with N ≥ B; `key[..., i, :]` is the positive of `query[..., i, :]`, all others are
+            its negatives, also those from B on, which are nobody's positive (hard negatives, a queue). Same
+            leading dimensions, D, dtype and device as `query`.
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
-        symmetric: the mean of both directions, query to key and key to query.
+        symmetric: the mean of both directions, query to key and key to query. Needs N = B.
         reduction: "mean" over B and the leading dimensions, their "sum" (the paper's Eq. 1), or
             "none" for one value per query, [..., B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
@@ -43,7 +44,7 @@ def fused_info_nce(
     Equals: `info_nce.info_nce(query, key, temperature=τ)` of info-nce-pytorch; with `symmetric=True`
     on normalised inputs, open_clip's `ClipLoss` at `logit_scale=1/τ`.
     """
-    check_pair(("query", "key"), (query, key), "[..., B, D]")
+    check_pair(("query", "key"), (query, key), "[..., B, D]", extra_rows=not symmetric)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)

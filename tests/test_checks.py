@@ -30,13 +30,19 @@ PAIRS: list[tuple[Any, Any, type[Exception], str]] = [
         GOOD,
         GOOD[:2],
         ValueError,
-        "key has shape [2, 3] but query has [4, 3]; they must be equal",
+        "key has shape [2, 3] but query has [4, 3]; key may have more rows, otherwise they must be equal",
     ),
     (
         GOOD,
         CLIPS,
         ValueError,
-        "key has shape [4, 2, 3] but query has [4, 3]; they must be equal",
+        "key has shape [4, 2, 3] but query has [4, 3]; key may have more rows, otherwise they must be equal",
+    ),
+    (
+        GOOD,
+        torch.ones(5, 2),
+        ValueError,
+        "key has shape [5, 2] but query has [4, 3]; key may have more rows, otherwise they must be equal",
     ),
     (
         GOOD,

@@ -87,6 +87,25 @@ def test_gradcheck(reduction: Reduction, symmetric: bool) -> None:
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_beyond_the_batch_are_negatives_of_every_query(backend: Backend) -> None:
+    """N > B: they are in every denominator and get a gradient, but are nobody's positive."""
+    query, key = randn(3, 4).requires_grad_(), randn(8, 4, seed=1).requires_grad_()
+    loss = fused_info_nce(query, key, temperature=0.2, reduction="sum", backend=backend)
+    expected = equations.info_nce(query.tolist(), key.tolist(), 0.2)
+    assert loss.item() == pytest.approx(math.fsum(expected), rel=1e-12)
+    found = torch.autograd.grad(loss, (query, key))
+    exact = equations.info_nce_gradient(query.tolist(), key.tolist(), 0.2, [1.0] * 3)
+    for ours, truth in zip(found, exact[:2], strict=True):
+        assert equations.relative_error(ours, truth) < 1e-10
+
+
+def test_symmetric_needs_a_query_for_every_key() -> None:
+    """A key without a query has no positive in the other direction."""
+    with pytest.raises(ValueError, match=r"key has shape \[5, 3\] but query has \[4, 3\]; they must"):
+        fused_info_nce(randn(4, 3), randn(5, 3), symmetric=True)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_leading_dimensions_are_independent_problems(symmetric: bool) -> None:
     """One call equals a loop over calls, in the loss and in the gradients."""

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hdc_kernels.backends import Problems
-from hdc_kernels.backends.triton import general, small
+from hdc_kernels.backends.triton import general, memory, small
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,6 +29,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "*fp32",
@@ -54,10 +55,9 @@ def record(problems: Problems, module: Any) -> list[Any]:
     for name, value in list(vars(module).items()):
         if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
             setattr(module, name, Recorder(value, launches))
-    if module is small:
-        small.contrast(problems, None, gradients=True)
-    else:
-        general.contrast(problems, None, None, gradients=True)
+    rows = memory.empty_rows(problems)
+    dx, dy = memory.empty_gradients(problems.x), memory.empty_gradients(problems.y)
+    module.contrast(problems, rows, None, dx, dy)
     for name, value in list(vars(module).items()):
         if isinstance(value, Recorder):
             setattr(module, name, value.kernel)
@@ -131,7 +131,7 @@ def main() -> None:
         shape = (2, int(rows), int(dimensions))
         x = torch.empty(shape, dtype=getattr(torch, dtype))
         problems = Problems((x, x), (x, x), (1.0, 1.0), 0.07, True, symmetric == "symmetric")
-        module = small if small.fits(problems) else general
+        module = small if small.fits(problems, CAPABILITIES[target]) else general
         for kernel, args, options in record(problems, module):
             compiled_source, flags = source(kernel, args, options)
             compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)

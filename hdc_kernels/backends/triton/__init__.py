@@ -1,5 +1,81 @@
-from hdc_kernels.backends.triton import small, general
-def step(problems):
-    return small.contrast(problems, None, gradients=True)
-def gstep(problems):
-    return general.contrast(problems, None, None, gradients=True)
+"""The Triton backend: GPUs, and CPU tensors under Triton's interpreter.
+
+Where one program can hold a problem, `small` does everything in one launch; elsewhere `general` runs a
+handful of kernels. No launch synchronises, reads a temperature on the host or adds atomically: results
+are the same bit by bit from run to run, and a CUDA graph may capture them.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.triton import general, small
+from hdc_kernels.backends.triton.arithmetic import INTERPRET
+from hdc_kernels.backends.triton.memory import Rows, empty_gradients, empty_rows
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+def forward(problems: Problems) -> Terms:
+    """The terms of every row."""
+    problems = _readable(problems)
+    rows = empty_rows(problems)
+    total, _ = _launch(problems, rows, None, None, None)
+    return Terms(total, *rows)
+
+
+def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
+    """Gradients of Σ upstream · terms."""
+    problems = _readable(problems)
+    dx, dy = empty_gradients(problems.x), empty_gradients(problems.y)
+    rows = empty_rows(problems)._replace(lse=lse)
+    _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy)
+    return Gradients(dx, dy, d_temperature)
+
+
+def step(problems: Problems) -> tuple[Terms, Gradients]:
+    """Terms, and the gradients of their total."""
+    problems = _readable(problems)
+    rows = empty_rows(problems)
+    dx, dy = empty_gradients(problems.x), empty_gradients(problems.y)
+    total, d_temperature = _launch(problems, rows, None, dx, dy)
+    return Terms(total, *rows), Gradients(dx, dy, d_temperature)
+
+
+def _readable(problems: Problems) -> Problems:
+    """Refuse what no kernel reads; bring each embedding's dimensions beside each other in memory."""
+    dtype, device = problems.x[0].dtype, problems.x[0].device
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise TypeError(
+            f"backend 'triton' computes in float32, bfloat16 and float16, not {name}; "
+            "use backend='torch' or 'auto'"
+        )
+    if device.type != "cuda" and not INTERPRET.value:
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, not on {device}; use backend='auto', or set "
+            "TRITON_INTERPRET=1 before the first import to run its interpreter"
+        )
+    x, y = (
+        tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
+        for tensors in (problems.x, problems.y)
+    )
+    return problems._replace(x=x, y=y, weights=tuple(map(float, problems.weights)))
+
+
+def _launch(
+    problems: Problems,
+    rows: Rows,
+    upstream: Tensor | None,
+    dx: tuple[Tensor, ...] | None,
+    dy: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    device = problems.x[0].device
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        if small.fits(problems, capability):
+            return small.contrast(problems, rows, upstream, dx, dy)
+        return general.contrast(problems, rows, upstream, dx, dy)

@@ -61,7 +61,7 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, a, b, PRECISION: tl.constexpr):
+def add_product(total, a, b, PRECISION: tl.constexpr = "ieee"):
     """total [R, C] float32 plus a [R, K] times b [K, C]."""
     if INTERPRET and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -69,7 +69,7 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
+def product(a, b, PRECISION: tl.constexpr = "ieee"):
     """a [R, K] times b [K, C], accumulated in float32."""
     return add_product(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b, PRECISION)
 

@@ -7,18 +7,18 @@ Memory besides the results: unit vectors in the inputs' dtype, their gradients i
 numbers a row; never a matrix of logits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends import Problems
 from hdc_kernels.backends.triton import tiles
 from hdc_kernels.backends.triton.arithmetic import LOG2_E
 from hdc_kernels.backends.triton.gradient import gradient_kernel, weights_kernel
 from hdc_kernels.backends.triton.logsumexp import fixed_shift, logsumexp_kernel, terms_kernel
-from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision, strides
+from hdc_kernels.backends.triton.memory import Rows, precision, strides
 from hdc_kernels.backends.triton.pack import pack_kernel
 from hdc_kernels.backends.triton.unpack import unpack_kernel
 
@@ -101,7 +101,7 @@ def _firsts(problems: Problems) -> tuple[int, ...]:
 
 def _padded(rows: int) -> int:
     """A multiple of every tile that `rows` rows are given."""
-    block = min(128, max(16, triton.next_power_of_2(rows)))
+    block = min(128, tiles.block_size(rows))
     return triton.cdiv(rows, block) * block
 
 
@@ -112,12 +112,10 @@ def _sums(
     G, own_padded, depth = own.shape
     other_padded = other.shape[1]
     shift = fixed_shift(problems, other_count)
-    tile = tiles.fitted(
-        tiles.forward_tiles(depth, own.dtype, precision()), own_count, other_count
-    )
+    tile = tiles.fitted(tiles.forward_tiles(depth, own.dtype), own_count, other_count)
     blocks = triton.cdiv(own_count, tile.own)
     splits = tiles.splits(blocks * G, triton.cdiv(other_count, tile.other), own.device)
-    new = dict(dtype=torch.float32, device=own.device)
+    new = {"dtype": torch.float32, "device": own.device}
     highest, total = torch.empty(2, splits, G, own_padded, **new)
     diagonal = torch.empty(G, own_padded, **new)
     column_total = torch.empty(blocks, G, other_padded, **new) if columns else total
@@ -151,7 +149,7 @@ def _sums(
     return highest, total, diagonal, column_total
 
 
-def _terms(problems: Problems, units: Units, loss: Tensor, hits: Tensor, lse: Tensor) -> Tensor:
+def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
     """Fill in the terms of pairs of one shape; parts of their weighted sum."""
     shift = fixed_shift(problems, units.N)
     running = shift is None
@@ -165,7 +163,7 @@ def _terms(problems: Problems, units: Units, loss: Tensor, hits: Tensor, lse: Te
         )
     G = units.x.shape[0]
     programs = G * triton.cdiv(units.M, ROWS)
-    weighted = torch.empty(programs, dtype=torch.float32, device=loss.device)
+    weighted = torch.empty(programs, dtype=torch.float32, device=units.x.device)
     terms_kernel[(programs,)](
         highest,
         total,
@@ -177,10 +175,10 @@ def _terms(problems: Problems, units: Units, loss: Tensor, hits: Tensor, lse: Te
         _firsts(problems),
         problems.temperature,
         0.0 if shift is None else shift * LOG2_E.value,
-        loss,
-        hits,
-        lse[0],
-        lse[-1],
+        terms.loss,
+        terms.hits,
+        terms.lse[0],
+        terms.lse[-1],
         weighted,
         units.M,
         total.shape[0],
@@ -211,9 +209,7 @@ def _negatives(
     A term is the weight and the shift of its vectors, [G, padded] each.
     """
     G, own_padded, depth = own.shape
-    tile = tiles.fitted(
-        tiles.gradient_tiles(depth, own.dtype, precision()), own_count, other_count
-    )
+    tile = tiles.fitted(tiles.gradient_tiles(depth, own.dtype), own_count, other_count)
     blocks = triton.cdiv(own_count, tile.own)
     parts = depth // tile.width
     splits = tiles.splits(blocks * parts * G, triton.cdiv(other_count, tile.other), own.device)
@@ -261,7 +257,7 @@ def _gradients(
     """Fill in the gradients of pairs of one shape; parts of the temperature's."""
     x, y, positive, M, N, D = units
     G, padded, depth = x.shape
-    new = dict(dtype=torch.float32, device=x.device)
+    new = {"dtype": torch.float32, "device": x.device}
     weight, shift = torch.empty(2, 1 + problems.symmetric, G, padded, **new)
     largest = torch.empty(G, triton.cdiv(padded, ROWS), **new)
     weights_kernel[(largest.numel(),)](
@@ -324,24 +320,31 @@ def _gradients(
 
 
 def contrast(
-    problems: Problems, lse: Tensor | None, upstream: Tensor | None, *, gradients: bool
-) -> tuple[Terms | None, Gradients | None]:
-    """Terms unless their `lse` is given, and `gradients` of their total or of Σ upstream · terms."""
-    results = empty_terms(problems) if lse is None else None
-    known = results[2] if lse is None else lse
-    dx, dy = empty_gradients(problems) if gradients else ((), ())
-    totals, d_temperatures = [], []
+    problems: Problems,
+    terms: Rows,
+    upstream: Tensor | None,
+    dx: tuple[Tensor, ...] | None,
+    dy: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """Fill in the terms; with dx and dy the gradients of their total.
+
+    With `upstream`, the gradients of Σ upstream · terms, whose lse is given. Returns the total and the
+    temperature's gradient, or 0 for what was not asked for.
+    """
+    zero = terms.loss.new_zeros(1)
+    totals, d_temperatures = [zero], [zero]
     pair, start = 0, 0
     for run in same_shapes(problems):
         pairs = slice(pair, pair + len(run.x))
         units = pack(run)
         rows = slice(start, start + units.positive.numel())
-        if results is not None:
-            loss, hits, _ = results
-            totals.append(_terms(run, units, loss[rows], hits[rows], known[:, rows]))
-        if gradients:
-            here = None if upstream is None else upstream[rows]
-            d_temperatures.append(_gradients(run, units, known[:, rows], here, dx[pairs], dy[pairs]))
+        here = Rows(terms.loss[rows], terms.hits[rows], terms.lse[:, rows])
+        if upstream is None:
+            totals.append(_terms(run, units, here))
+        if dx is not None and dy is not None:
+            upstream_here = None if upstream is None else upstream[rows]
+            d_temperatures.append(
+                _gradients(run, units, here.lse, upstream_here, dx[pairs], dy[pairs])
+            )
         pair, start = pairs.stop, rows.stop
-    terms = Terms(torch.cat(totals).sum(), *results) if results is not None else None
-    return terms, Gradients(dx, dy, torch.cat(d_temperatures).sum()) if gradients else None
+    return torch.cat(totals).sum(), torch.cat(d_temperatures).sum()

@@ -158,8 +158,15 @@ def gradient_kernel(
         cosine, theirs = similarity(mine, own_rows, other_rows, DEPTH, CHUNKS, PRECISION)
         column = column0 + tl.arange(0, OTHER)
         share = _coefficients(
-            cosine, k, row_shift, own_factor, other_shift + column, other_weight + column,
-            GAIN / unit_weight, OWN_TERM, OTHER_TERM,
+            cosine,
+            k,
+            row_shift,
+            own_factor,
+            other_shift + column,
+            other_weight + column,
+            GAIN / unit_weight,
+            OWN_TERM,
+            OTHER_TERM,
         )
         if CHUNKS > 1:
             theirs = tl.load(other + column0 * D + wide_elements)
@@ -173,8 +180,15 @@ def gradient_kernel(
         positive = row[:, None] == column[None, :]
         cosine = tl.where(positive | (column >= other_count)[None, :], float("-inf"), cosine)
         share = _coefficients(
-            cosine, k, row_shift, own_factor, other_shift + column, other_weight + column,
-            GAIN / unit_weight, OWN_TERM, OTHER_TERM,
+            cosine,
+            k,
+            row_shift,
+            own_factor,
+            other_shift + column,
+            other_weight + column,
+            GAIN / unit_weight,
+            OWN_TERM,
+            OTHER_TERM,
         )
         if CHUNKS > 1:
             theirs = tl.load(other + column0 * D + wide_elements)

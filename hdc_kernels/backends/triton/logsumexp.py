@@ -67,16 +67,36 @@ def similarity(
 ):
     """Cosines [OWN, OTHER] over CHUNKS · DEPTH dimensions, and the last chunk [OTHER, DEPTH]."""
     other = tl.load(other_rows)
+    cosine = tl.zeros((own_rows.shape[0], other_rows.shape[0]), tl.float32)
     if CHUNKS == 1:
-        cosine = tl.zeros((own_rows.shape[0], other_rows.shape[0]), tl.float32)
         cosine = add_product(cosine, own, tl.trans(other), PRECISION)
     else:
-        cosine = tl.zeros((own_rows.shape[0], other_rows.shape[0]), tl.float32)
         for chunk in range(CHUNKS):
             mine = tl.load(own_rows + chunk * DEPTH)
             other = tl.load(other_rows + chunk * DEPTH)
             cosine = add_product(cosine, mine, tl.trans(other), PRECISION)
     return cosine, other
+
+
+@triton.jit
+def _add_block(
+    top,
+    sums,
+    cosine,  # [OWN, OTHER]
+    k,
+    row_shift,
+    column_total,  # pointers to [OTHER]
+    RUNNING: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The rows' maxima and sums with a block more; its columns' sums are complete and stored."""
+    if RUNNING:
+        return add_exponentials(top, sums, cosine, k)
+    else:  # noqa: RET505 - Triton compiles whatever follows an if
+        exponential = tl.exp2(cosine * k - row_shift[:, None])
+        if COLUMNS:
+            tl.store(column_total, tl.sum(exponential, 0))
+        return tl.maximum(top, tl.max(cosine, 1)), sums + tl.sum(exponential, 1)
 
 
 @triton.jit
@@ -120,8 +140,8 @@ def logsumexp_kernel(
     mine = tl.load(own_rows)
     column_total += (block.to(tl.int64) * G + problem) * OTHER_PADDED
 
-    state = tl.full((OWN,), float("-inf"), tl.float32), tl.zeros((OWN,), tl.float32)
-    top, sums = state
+    top = tl.full((OWN,), float("-inf"), tl.float32)
+    sums = tl.zeros((OWN,), tl.float32)
     own_cosine = tl.zeros((OWN,), tl.float32)
     # An infinite shift takes padded rows out of the column sums.
     row_shift = tl.where(row < own_count, shift, float("inf"))
@@ -133,14 +153,10 @@ def logsumexp_kernel(
     for t in range(count):
         column0 = plain_block(t, begin, before, resume).to(tl.int64) * OTHER
         cosine, _ = similarity(mine, own_rows, other_rows + column0 * D, DEPTH, CHUNKS, PRECISION)
-        if RUNNING:
-            top, sums = add_exponentials(top, sums, cosine, k)
-        else:
-            exponential = tl.exp2(cosine * k - row_shift[:, None])
-            top = tl.maximum(top, tl.max(cosine, 1))
-            sums += tl.sum(exponential, 1)
-            if COLUMNS:
-                tl.store(column_total + column0 + tl.arange(0, OTHER), tl.sum(exponential, 0))
+        column = column0 + tl.arange(0, OTHER)
+        top, sums = _add_block(
+            top, sums, cosine, k, row_shift, column_total + column, RUNNING, COLUMNS
+        )
     count, on_diagonal, start = masked_blocks(first, last, begin, end, full, other_blocks)
     for t in range(count):
         column0 = masked_block(t, on_diagonal, start, full).to(tl.int64) * OTHER
@@ -149,14 +165,9 @@ def logsumexp_kernel(
         same = row[:, None] == column[None, :]
         own_cosine += tl.sum(tl.where(same, cosine, 0.0), 1)
         cosine = tl.where(same | (column >= other_count)[None, :], float("-inf"), cosine)
-        if RUNNING:
-            top, sums = add_exponentials(top, sums, cosine, k)
-        else:
-            exponential = tl.exp2(cosine * k - row_shift[:, None])
-            top = tl.maximum(top, tl.max(cosine, 1))
-            sums += tl.sum(exponential, 1)
-            if COLUMNS:
-                tl.store(column_total + column, tl.sum(exponential, 0))
+        top, sums = _add_block(
+            top, sums, cosine, k, row_shift, column_total + column, RUNNING, COLUMNS
+        )
 
     part = (split * G + problem) * OWN_PADDED + row
     tl.store(highest + part, top)
@@ -236,9 +247,7 @@ def terms_kernel(
     k = inverse_temperature(temperature, LEARNED) * LOG2_E
     padded = problem * PADDED + row
     stride = G.to(tl.int64) * PADDED
-    row_lse, top = _merge(
-        highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING
-    )
+    row_lse, top = _merge(highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING)
     row_lse *= LN_2
     flat = problem * M + row
     s = tl.load(positive + flat, mask, 0.0)
@@ -248,7 +257,14 @@ def terms_kernel(
         stride = G.to(tl.int64) * COLUMN_PADDED
         if RUNNING:
             down, _ = _merge(
-                column_highest + offset, column_total + offset, column_parts, stride, mask, k, shift, RUNNING
+                column_highest + offset,
+                column_total + offset,
+                column_parts,
+                stride,
+                mask,
+                k,
+                shift,
+                RUNNING,
             )
         else:
             down = shift + tl.log2(_column_sum(column_total, column_parts, stride, offset, mask))

@@ -1,4 +1,6 @@
-"""What the launches write to, and how exactly float32 is multiplied."""
+"""What the launches write to, and how their arguments are described."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,27 +8,35 @@ from torch import Tensor
 from hdc_kernels.backends import Problems
 
 
-def empty_terms(problems: Problems) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for loss, hits and lse of every row."""
+class Rows(NamedTuple):
+    """What is kept of every row; `Terms` without their total."""
+
+    loss: Tensor  # [T]
+    hits: Tensor  # [T]
+    lse: Tensor  # [1 or 2, T]
+
+
+def empty_rows(problems: Problems) -> Rows:
+    """Room for every row of every problem."""
     rows = sum(x.shape[0] * x.shape[1] for x in problems.x)
     device = problems.x[0].device
-    return (
+    return Rows(
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.bool, device=device),
         torch.empty(1 + problems.symmetric, rows, dtype=torch.float32, device=device),
     )
 
 
-def empty_gradients(problems: Problems) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def empty_gradients(embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Room for the gradients, laid out as the embeddings are."""
-    return tuple(map(torch.empty_like, problems.x)), tuple(map(torch.empty_like, problems.y))
-
-
-def precision() -> str:
-    """How products of float32 are taken: exactly, or with 10 bits of mantissa on tensor cores."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return tuple(torch.empty_like(embedding) for embedding in embeddings)
 
 
 def strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     """Of problem and row, for every pair; that of the dimensions is 1."""
     return tuple((tensor.stride(0), tensor.stride(1)) for tensor in tensors)
+
+
+def precision() -> str:
+    """How products of float32 are taken: exactly, or with 10 bits of mantissa on tensor cores."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

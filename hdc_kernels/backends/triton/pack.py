@@ -45,8 +45,8 @@ def pack_kernel(
     y_mask = (row < N)[:, None] & (dimension < D)[None, :]
     x_rows = rows_of_pair(x, x_strides, firsts, problem, row, BLOCK_D)
     y_rows = rows_of_pair(y, y_strides, firsts, problem, row, BLOCK_D)
-    x_unit, x_inverse = unit_rows(tl.load(x_rows, x_mask, 0.0).to(tl.float32), NORMALIZE)
-    y_unit, y_inverse = unit_rows(tl.load(y_rows, y_mask, 0.0).to(tl.float32), NORMALIZE)
+    x_unit, _x_inverse = unit_rows(tl.load(x_rows, x_mask, 0.0).to(tl.float32), NORMALIZE)
+    y_unit, _y_inverse = unit_rows(tl.load(y_rows, y_mask, 0.0).to(tl.float32), NORMALIZE)
 
     dtype: tl.constexpr = x_units.dtype.element_ty
     inside = (dimension < D_PADDED)[None, :]

@@ -1,26 +1,26 @@
 """Everything in one launch: one program takes one problem from raw embeddings to loss and gradients.
 
-For problems of at most 128 rows, 128 columns and 128 dimensions. The paper's batch is 17 problems of
-128 × 128 × 128 in six pairs of tensors: 71 MFLOP a product, so launches are all that costs time.
+For half precision and at most 128 rows, columns and dimensions (`fits` says exactly which). The paper's
+batch is 17 problems of 128 × 128 × 128 in six pairs of tensors: 71 MFLOP a product, so launches are all
+that costs time.
 
-Products: S = X̂Ŷᵀ, then P·Ŷ and Pᵀ·X̂, and nothing is computed twice: 3. P stays on the chip. Every
-problem is read once from its own tensors through their strides, and nothing but results is written.
+A program walks over its columns twice, a few at a time: for the row sums, and then for S once more, P·Ŷ
+and Pᵀ·X̂: 4 products. The embeddings are read through their own strides, from the cache when it is not
+for the first time, and nothing but results is written. With all of S and of both gradients in registers
+it would be 3 products, but at 128 × 128 × 128 those spill.
 
-The floor for the 17 problems: 3 products of 4.2 MFLOP on one of 132 multiprocessors (7.5 TFLOP/s each in
-bf16) are 1.7 µs, the exponentials of 128 × 128 logits 0.6 µs, 100 KB in and out at a multiprocessor's
-share of bandwidth some 4 µs: below 10 µs, of the order of the launch itself.
+The floor for the 17 problems: 4 products of 4.2 MFLOP on one of 132 multiprocessors (7.5 TFLOP/s each in
+bf16) are 2.2 µs, the exponentials of twice 128 × 128 logits 1.1 µs, and 130 KB in and out at a
+multiprocessor's share of the bandwidth 5 µs: of the order of the launch itself.
 
-No GPU has run this yet: the figures are arithmetic, and the number of warps is a choice by registers.
+No GPU has run this yet: the figures are arithmetic, and the blocks are chosen by registers.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends import Problems
 from hdc_kernels.backends.triton.addressing import of_pair, rows_of_pair
 from hdc_kernels.backends.triton.arithmetic import (
     LN_2,
@@ -38,17 +38,8 @@ from hdc_kernels.backends.triton.arithmetic import (
     unit_rows,
     unit_rows_backward,
 )
-from hdc_kernels.backends.triton.memory import empty_gradients, empty_terms, precision, strides
-
-LIMIT = 128  # rows, columns and dimensions that one program can hold
-COLUMNS = 32  # at a time
-
-
-def fits(problems: Problems) -> bool:
-    """Whether every problem is small enough for one program."""
-    return all(
-        max(y.shape[1:]) <= LIMIT for y in problems.y
-    )  # the key has at least as many rows as the query
+from hdc_kernels.backends.triton.memory import Rows, strides
+from hdc_kernels.backends.triton.tiles import block_size, fits_one_program
 
 
 @triton.jit
@@ -83,7 +74,6 @@ def contrast_kernel(
     LEARNED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,7 +97,7 @@ def contrast_kernel(
     k = scale * LOG2_E
 
     x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
-    y_unit, y_inverse = _load_units(y_rows, mask, NORMALIZE)
+    y_unit, _y_inverse = _load_units(y_rows, mask, NORMALIZE)
     positive = tl.sum(x_unit * y_unit, 1) * scale
     x_narrow = narrow(x_unit, dtype)
 
@@ -120,7 +110,7 @@ def contrast_kernel(
         key_mask = (column < N)[:, None] & dimension[None, :]
         key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
         key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
-        cosine = product(x_narrow, tl.trans(narrow(key, dtype)), PRECISION)
+        cosine = product(x_narrow, tl.trans(narrow(key, dtype)))
         # The positive's cosine by the same product as the others': equal vectors must tie exactly.
         diagonal = row[:, None] == column[None, :]
         own += tl.sum(tl.where(diagonal, cosine, 0.0), 1)
@@ -167,7 +157,7 @@ def contrast_kernel(
             key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
             key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
             key_narrow = narrow(key, dtype)
-            cosine = product(x_narrow, tl.trans(key_narrow), PRECISION)
+            cosine = product(x_narrow, tl.trans(key_narrow))
             cosine = _negatives(cosine, row, column, M, N)
             probability = tl.exp2(cosine * k - row_shift[:, None])
             share = probability * (row_weight * (GAIN / largest))[:, None]
@@ -177,17 +167,17 @@ def contrast_kernel(
                 share += tl.exp2(cosine * k - column_shift[None, :]) * column_share[None, :]
             share = narrow(share, dtype)
             if SYMMETRIC:
-                dx_unit = add_product(dx_unit, share, key_narrow, PRECISION)
+                dx_unit = add_product(dx_unit, share, key_narrow)
             else:
                 probability = narrow(probability * GAIN, dtype)
-                dx_unit = add_product(dx_unit, probability, key_narrow, PRECISION)
+                dx_unit = add_product(dx_unit, probability, key_narrow)
 
             query_mask = (column < M)[:, None] & dimension[None, :]
             query_rows = rows_of_pair(x, x_strides, firsts, problem, column, BLOCK_D)
-            query, query_inverse = _load_units(query_rows, query_mask, NORMALIZE)
-            dkey = product(tl.trans(share), x_narrow, PRECISION) * (largest / GAIN)
+            query, _query_inverse = _load_units(query_rows, query_mask, NORMALIZE)
+            dkey = product(tl.trans(share), x_narrow) * (largest / GAIN)
             dkey = (dkey - query * _turn(diagonal, pull)[:, None]) * scale
-            dkey, dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
+            dkey, _dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
             dkey_rows = rows_of_pair(dy, dy_strides, firsts, problem, column, BLOCK_D)
             tl.store(dkey_rows, narrow(dkey, dtype), key_mask)
 
@@ -197,10 +187,14 @@ def contrast_kernel(
             dx_unit *= (row_weight / GAIN)[:, None]
         # Read once more: kept since the beginning, x and y would not fit beside the products.
         x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
-        y_unit, y_inverse = _load_units(y_rows, mask, NORMALIZE)
+        y_unit, _y_inverse = _load_units(y_rows, mask, NORMALIZE)
         dx_unit = (dx_unit - y_unit * pull[:, None]) * scale
         gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
-        tl.store(rows_of_pair(dx, dx_strides, firsts, problem, row, BLOCK_D), narrow(gradient, dtype), mask)
+        tl.store(
+            rows_of_pair(dx, dx_strides, firsts, problem, row, BLOCK_D),
+            narrow(gradient, dtype),
+            mask,
+        )
         tl.store(sums + tl.num_programs(0) + problem, -scale * tl.sum(along, 0))
 
 
@@ -226,50 +220,57 @@ def _turn(diagonal, values):
 
 
 def contrast(
-    problems: Problems, upstream: Tensor | None, *, gradients: bool
-) -> tuple[Terms, Gradients]:
-    """Terms, and `gradients` of their total; with an `upstream` gradient of Σ upstream · terms alone.
-
-    What is not asked for is not written.
-    """
+    problems: Problems,
+    terms: Rows,
+    upstream: Tensor | None,
+    dx: tuple[Tensor, ...] | None,
+    dy: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """As `general.contrast`: fill in terms and gradients, return the total and the temperature's."""
     firsts, starts, sizes = [0], [0], []
     for x, y in zip(problems.x, problems.y, strict=True):
         firsts.append(firsts[-1] + x.shape[0])
         starts.append(starts[-1] + x.shape[0] * x.shape[1])
         sizes.append((x.shape[1], y.shape[1], x.shape[2]))
     programs, T = firsts.pop(), starts.pop()
-    loss, hits, lse = empty_terms(problems)
-    dx, dy = empty_gradients(problems) if gradients else (problems.x, problems.y)
-    sums = torch.empty(2, programs, dtype=torch.float32, device=loss.device)
-    rows = max(16, triton.next_power_of_2(max(size[1] for size in sizes)))
-    block_d = max(16, triton.next_power_of_2(max(size[2] for size in sizes)))
+    sums = terms.loss.new_empty(2, programs)
+    rows = block_size(max(size[1] for size in sizes))
+    dx_or_any, dy_or_any = dx or problems.x, dy or problems.y  # not touched without gradients
     contrast_kernel[(programs,)](
         problems.x,
         problems.y,
-        dx,
-        dy,
-        *map(strides, (problems.x, problems.y, dx, dy)),
+        dx_or_any,
+        dy_or_any,
+        *map(strides, (problems.x, problems.y, dx_or_any, dy_or_any)),
         tuple(firsts),
         tuple(starts),
         tuple(sizes),
-        tuple(map(float, problems.weights)),
-        upstream if upstream is not None else loss,
+        problems.weights,
+        terms.loss if upstream is None else upstream,
         problems.temperature,
-        loss,
-        hits,
-        lse,
+        *terms,
         sums,
         T,
         TERMS=upstream is None,
-        GRADIENTS=gradients,
+        GRADIENTS=dx is not None,
         LEARNED=isinstance(problems.temperature, Tensor),
         SYMMETRIC=problems.symmetric,
         NORMALIZE=problems.normalize,
-        PRECISION=precision(),
         ROWS=rows,
-        COLUMNS=min(rows, COLUMNS),
-        BLOCK_D=block_d,
-        num_warps=max(1, rows // 16),
+        COLUMNS=16,
+        BLOCK_D=block_size(max(size[2] for size in sizes)),
+        num_warps=8 if rows >= 64 else 4,
+        num_stages=1,
     )
     total, d_temperature = sums.sum(1)
-    return Terms(total, loss, hits, lse), Gradients(dx, dy, d_temperature)
+    return total, d_temperature
+
+
+def fits(problems: Problems, capability: tuple[int, int]) -> bool:
+    """Whether one program can take the largest problem."""
+    return fits_one_program(
+        max(y.shape[1] for y in problems.y),
+        max(y.shape[2] for y in problems.y),
+        problems.x[0].dtype,
+        capability,
+    )

@@ -1,8 +1,8 @@
 """How large the blocks of a launch are: a table by depth and dtype, and how many blocks fill a device.
 
 There is no autotuning: it would time kernels in the middle of training, and two runs could differ. None
-of these choices has been timed; they are the largest that neither spill registers nor exceed the
-shared memory of an A100 (163 KB), which `tests/test_triton_compile.py` holds them to.
+of these choices has been timed. They are large ones that spill no registers and stay within the shared
+memory of an A100 (163 KB); `tests/test_triton_compile.py` holds them to that.
 """
 
 from typing import NamedTuple
@@ -27,45 +27,56 @@ class Tiles(NamedTuple):
 def padded_dimensions(dimensions: int) -> int:
     """How many dimensions packed vectors have."""
     if dimensions <= ALL_AT_ONCE:
-        return max(16, triton.next_power_of_2(dimensions))
+        return block_size(dimensions)
     return triton.cdiv(dimensions, ALL_AT_ONCE) * ALL_AT_ONCE
 
 
-def forward_tiles(dimensions: int, dtype: torch.dtype, precision: str) -> Tiles:
-    """For `logsumexp_kernel`."""
-    depth = padded_dimensions(dimensions)
+def forward_tiles(depth: int, dtype: torch.dtype) -> Tiles:
+    """For `logsumexp_kernel` and unit vectors of `depth` padded dimensions."""
     if dtype == torch.float32:
-        if depth <= 64:
-            return Tiles(depth, 64, 64, 4, 2)
-        return Tiles(depth if depth <= ALL_AT_ONCE else 64, 64, 32, 4, 2)
-    if depth <= 64:
-        return Tiles(depth, 128, 128, 8, 3)
+        return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2)
     if depth <= 128:
-        return Tiles(depth, 128, 128, 8, 3)
+        return Tiles(depth, own=128, other=128, warps=8, stages=3)
     if depth <= ALL_AT_ONCE:
-        return Tiles(depth, 128, 64, 8, 3)
-    return Tiles(64, 128, 128, 8, 3)
+        return Tiles(depth, own=128, other=64, warps=8, stages=3)
+    return Tiles(64, own=128, other=128, warps=8, stages=3)
 
 
-def gradient_tiles(dimensions: int, dtype: torch.dtype, precision: str) -> Tiles:
+def gradient_tiles(depth: int, dtype: torch.dtype) -> Tiles:
     """For `gradient_kernel`."""
-    depth = padded_dimensions(dimensions)
+    width = min(depth, ALL_AT_ONCE)
     if dtype == torch.float32:
-        if depth <= ALL_AT_ONCE:
-            return Tiles(depth, 64, 32, 8, 2, depth)
-        return Tiles(64, 64, 32, 8, 2, 256)
+        return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2, width=width)
     if depth <= 128:
-        return Tiles(depth, 128, 64, 8, 3, depth)
+        return Tiles(depth, own=128, other=64, warps=8, stages=3, width=width)
     if depth <= ALL_AT_ONCE:
-        return Tiles(depth, 128, 32, 8, 2, depth)
-    return Tiles(64, 128, 64, 8, 2, 256)
+        return Tiles(depth, own=128, other=32, warps=8, stages=2, width=width)
+    return Tiles(64, own=128, other=32, warps=8, stages=2, width=width)
+
+
+def fits_one_program(
+    rows: int, dimensions: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> bool:
+    """Whether a problem of so many columns can be taken by the one program of `small`.
+
+    Its registers must hold a product [rows, dimensions] beside the operands of the next; Hopper reads
+    those from shared memory. Float32 operands, twice as large, spill at every useful size.
+    """
+    block, depth = block_size(rows), block_size(dimensions)
+    capacity = 128 * 128 if capability >= (9, 0) else 64 * 64
+    return dtype != torch.float32 and max(block, depth) <= 128 and block * depth <= capacity
+
+
+def block_size(length: int) -> int:
+    """The power of two, at least the tensor cores' 16, that holds `length`."""
+    return max(16, triton.next_power_of_2(length))
 
 
 def fitted(tiles: Tiles, own: int, other: int) -> Tiles:
     """`tiles` for fewer vectors than a block holds."""
     return tiles._replace(
-        own=min(tiles.own, max(16, triton.next_power_of_2(own))),
-        other=min(tiles.other, max(16, triton.next_power_of_2(other))),
+        own=min(tiles.own, block_size(own)),
+        other=min(tiles.other, block_size(other)),
     )
 
 

@@ -1,0 +1,205 @@
+// Calls hdc_contrast on buffers that end where the last element does, for a build with sanitizers.
+//
+// Under ASAN_OPTIONS=malloc_fill_byte=255 fresh memory reads as NaN, and every output starts as NaN: whatever
+// is read before it is written, or never written, is no finite number at the end.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "contrast.h"
+
+namespace {
+
+constexpr int64_t SIZES[] = {8, 4, 2, 2};  // of a HdcDtype
+
+struct Shape {
+    int64_t groups, rows, columns, width;
+};
+
+enum Layout { CONTIGUOUS, TRANSPOSED, EVERY_OTHER, REPEATED_ROWS, LAYOUTS };
+
+uint32_t random_bits() {
+    static uint32_t state = 1;
+    state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+    return state;
+}
+
+// One element, ±[1, 2).
+void write_random(char* to, int64_t dtype) {
+    const uint32_t bits = random_bits(), sign = bits >> 31;
+    const double value = (sign ? -1 : 1) * (1 + double(bits >> 9 & 1023) / 1024);
+    const float narrow = float(value);
+    const uint16_t bfloat16 = uint16_t(sign << 15 | 0x3f80 | (bits & 0x7f));
+    const uint16_t float16 = uint16_t(sign << 15 | 0x3c00 | (bits & 0x3ff));
+    const void* const from[] = {&value, &narrow, &bfloat16, &float16};
+    std::memcpy(to, from[dtype], size_t(SIZES[dtype]));
+}
+
+bool is_finite(const char* at, int64_t dtype) {
+    double wide;
+    float narrow;
+    uint16_t half;
+    switch (dtype) {
+        case HDC_FLOAT64: std::memcpy(&wide, at, sizeof wide); return std::isfinite(wide);
+        case HDC_FLOAT32: std::memcpy(&narrow, at, sizeof narrow); return std::isfinite(narrow);
+        default: std::memcpy(&half, at, sizeof half);
+    }
+    const uint16_t exponent = dtype == HDC_BFLOAT16 ? 0x7f80 : 0x7c00;
+    return (half & exponent) != exponent;
+}
+
+// Memory of exactly as many bytes as it needs.
+struct Buffer {
+    std::unique_ptr<char[]> bytes;
+    int64_t count, dtype;
+
+    Buffer(int64_t count, int64_t dtype) : bytes(new char[size_t(count * SIZES[dtype])]), count(count), dtype(dtype) {
+        std::memset(bytes.get(), 0xff, size_t(count * SIZES[dtype]));
+    }
+
+    char* at(int64_t i) const { return bytes.get() + i * SIZES[dtype]; }
+
+    void require_finite(const char* what) const {
+        for (int64_t i = 0; i < count; i++)
+            if (!is_finite(at(i), dtype)) std::printf("%s[%ld] is not finite\n", what, long(i)), std::exit(1);
+    }
+};
+
+struct Matrix {
+    Buffer buffer;
+    HdcMatrix view;
+    int64_t groups, rows, width;
+
+    static int64_t span(const HdcMatrix& v, int64_t groups, int64_t rows, int64_t width) {
+        return (groups - 1) * v.group_stride + (rows - 1) * v.row_stride + (width - 1) * v.column_stride + 1;
+    }
+
+    static HdcMatrix strides(int64_t rows, int64_t width, Layout layout) {
+        switch (layout) {
+            case TRANSPOSED: return {nullptr, rows * width, 1, rows};
+            case EVERY_OTHER: return {nullptr, 2 * rows * width + 3, 2 * width + 1, 2};
+            case REPEATED_ROWS: return {nullptr, width, 0, 1};
+            default: return {nullptr, rows * width, width, 1};
+        }
+    }
+
+    Matrix(int64_t groups, int64_t rows, int64_t width, int64_t dtype, Layout layout)
+        : buffer(span(strides(rows, width, layout), groups, rows, width), dtype), view(strides(rows, width, layout)),
+          groups(groups), rows(rows), width(width) {
+        view.data = buffer.bytes.get();
+    }
+
+    template <typename Visit>
+    void each(Visit visit) const {
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t d = 0; d < width; d++)
+                    visit(buffer.at(g * view.group_stride + r * view.row_stride + d * view.column_stride));
+    }
+
+    void fill() {
+        each([&](char* at) { write_random(at, buffer.dtype); });
+    }
+
+    void require_finite(const char* what) const {
+        each([&](char* at) {
+            if (!is_finite(at, buffer.dtype)) std::printf("%s is not finite\n", what), std::exit(1);
+        });
+    }
+};
+
+struct Run {
+    int64_t task, dtype, normalize, symmetric, threads;
+    Layout layout;
+};
+
+void contrast(const Run& run, const std::vector<Shape>& shapes) {
+    const int64_t wide = run.dtype == HDC_FLOAT64 ? HDC_FLOAT64 : HDC_FLOAT32;
+    const Layout written = run.layout == REPEATED_ROWS ? CONTIGUOUS : run.layout;  // gradients may not overlap
+    std::vector<Matrix> matrices;
+    int64_t rows = 0;
+    for (const Shape& s : shapes) {
+        const int64_t gradients = run.task == HDC_STEP ? wide : run.dtype;
+        matrices.emplace_back(s.groups, s.rows, s.width, run.dtype, run.layout).fill();
+        matrices.emplace_back(s.groups, s.columns, s.width, run.dtype, run.layout).fill();
+        matrices.emplace_back(s.groups, s.rows, s.width, gradients, written);
+        matrices.emplace_back(s.groups, s.columns, s.width, gradients, written);
+        rows += s.groups * s.rows;
+    }
+    std::vector<HdcProblem> problems;
+    for (size_t k = 0; k < shapes.size(); k++) {
+        const Shape& s = shapes[k];
+        const Matrix* m = &matrices[4 * k];
+        const bool gradients = run.task != HDC_FORWARD;
+        problems.push_back({m[0].view, m[1].view, gradients ? m[2].view : HdcMatrix{}, gradients ? m[3].view : HdcMatrix{},
+                            s.groups, s.rows, s.columns, s.width, 1.5 - double(k)});
+    }
+    const Buffer total(1, wide), terms(rows, wide), lse(rows * (1 + run.symmetric), HDC_FLOAT64), slope(1, wide);
+    const std::unique_ptr<uint8_t[]> hits(new uint8_t[size_t(rows)]);
+    Buffer upstream(rows, wide);
+    for (int64_t i = 0; i < rows; i++) write_random(upstream.at(i), wide);
+    std::memset(hits.get(), 0xff, size_t(rows));
+
+    HdcCall call{run.task,      run.dtype,        run.normalize, run.symmetric, run.threads, int64_t(problems.size()),
+                 0.5,           total.at(0),      terms.at(0),   hits.get(),    reinterpret_cast<double*>(lse.at(0)),
+                 nullptr,       nullptr};
+    if (run.task == HDC_BACKWARD) {  // first the logsumexps; the outputs of FORWARD are then no longer allowed
+        std::vector<HdcProblem> first = problems;
+        for (HdcProblem& p : first) p.dx = p.dy = HdcMatrix{};
+        call.task = HDC_FORWARD;
+        if (hdc_contrast(&call, first.data())) std::exit(1);
+        call.task = HDC_BACKWARD;
+        call.total = call.terms = nullptr;
+        call.hits = nullptr;
+        call.upstream = upstream.at(0);
+    }
+    if (run.task != HDC_FORWARD) call.d_temperature = slope.at(0);
+    if (hdc_contrast(&call, problems.data())) std::exit(1);
+
+    total.require_finite("total");
+    terms.require_finite("terms");
+    int64_t row = 0;
+    for (const Shape& s : shapes)
+        for (int64_t i = 0; i < s.groups * s.rows; i++, row++) {
+            if (hits[size_t(row)] > 1) std::printf("hits[%ld] was not written\n", long(row)), std::exit(1);
+            for (int64_t side = 0; side <= run.symmetric; side++) {
+                double value;
+                std::memcpy(&value, lse.at(side * rows + row), sizeof value);
+                if (s.columns == 1 ? value != -INFINITY : !std::isfinite(value))
+                    std::printf("lse[%ld, %ld] is %g\n", long(side), long(row), value), std::exit(1);
+            }
+        }
+    if (run.task == HDC_FORWARD) return;
+    slope.require_finite("d_temperature");
+    for (size_t k = 0; k < shapes.size(); k++) {
+        matrices[4 * k + 2].require_finite("dx");
+        matrices[4 * k + 3].require_finite("dy");
+    }
+}
+
+}  // namespace
+
+int main() {
+    const std::vector<std::vector<Shape>> square = {
+        {{1, 1, 1, 1}}, {{1, 7, 7, 3}}, {{1, 129, 129, 33}}, {{3, 9, 9, 17}, {1, 2, 2, 40}}, {{1, 300, 300, 5}}};
+    const std::vector<std::vector<Shape>> wide = {
+        {{1, 1, 2, 1}}, {{2, 6, 8, 64}}, {{1, 5, 257, 31}, {5, 3, 4, 2}, {1, 1, 1, 9}}, {{1, 255, 256, 16}}};
+    int64_t calls = 0;
+    for (int64_t task = HDC_FORWARD; task <= HDC_STEP; task++)
+        for (int64_t dtype = HDC_FLOAT64; dtype <= HDC_FLOAT16; dtype++)
+            for (int64_t threads = 1; threads <= 3; threads++)
+                for (int64_t symmetric = 0; symmetric <= 1; symmetric++) {
+                    const auto once = [&](const std::vector<Shape>& shapes) {
+                        const Layout layout = Layout(random_bits() % LAYOUTS);
+                        contrast({task, dtype, random_bits() >> 16 & 1, symmetric, threads, layout}, shapes);
+                        calls++;
+                    };
+                    for (const auto& shapes : square) once(shapes);
+                    if (!symmetric)
+                        for (const auto& shapes : wide) once(shapes);
+                }
+    std::printf("%s: %ld calls\n", hdc_instruction_set(), long(calls));
+}

@@ -1,0 +1,453 @@
+"""The Triton backend against float64 and against plain PyTorch of the same dtype.
+
+On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton
+is imported; with one, the same tests run on it.
+"""
+
+import math
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Problems
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+triton_backend = pytest.importorskip("hdc_kernels.backends.triton", exc_type=ModuleNotFoundError)
+assert GPU or triton_backend.INTERPRET.value, "Triton was imported before TRITON_INTERPRET was set"
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of log(0)
+
+HALVES = torch.bfloat16, torch.float16
+MODES = ("float32", "general"), ("bfloat16", "general"), ("float16", "small"), ("bfloat16", "small")
+modes = pytest.mark.parametrize(("dtype", "path"), MODES)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    total: Tensor
+    x: tuple[Tensor, ...]
+    y: tuple[Tensor, ...]
+    temperature: Tensor
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Plain float32 without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """Take every problem the way that the test names, not the way its size would go."""
+    chosen = request.param if hasattr(request, "param") else "general"
+    monkeypatch.setattr(triton_backend.small, "fits", lambda *_: chosen == "small")
+    return chosen
+
+
+def make(
+    shapes, dtype=torch.float32, *, temperature=0.07, normalize=True, symmetric=False, noise=None
+) -> Problems:
+    """Random pairs of shapes (G, M, N, D); with `noise`, a query's key is the query and so much noise."""
+    generator = torch.Generator().manual_seed(0)
+    xs, ys = [], []
+    for G, M, N, D in shapes:
+        x = torch.randn(G, M, D, generator=generator)
+        y = torch.randn(G, N, D, generator=generator)
+        if noise is not None:
+            y[:, :M] = x + noise * y[:, :M]
+        scale = 1.0 if normalize else D**-0.5
+        xs.append((x * scale).to(DEVICE, dtype))
+        ys.append((y * scale).to(DEVICE, dtype))
+    weights = tuple(0.5 + k for k in range(len(shapes)))
+    return Problems(tuple(xs), tuple(ys), weights, temperature, normalize, symmetric)
+
+
+def differentiate(problems: Problems, dtype, upstream: Tensor | None, terms_of) -> Result:
+    """Autograd through `terms_of(x, y, temperature)` in `dtype`."""
+    xs = [x.detach().to(dtype).requires_grad_() for x in problems.x]
+    ys = [y.detach().to(dtype).requires_grad_() for y in problems.y]
+    temperature = torch.tensor(
+        float(problems.temperature), dtype=dtype, device=DEVICE, requires_grad=True
+    )
+    losses = [terms_of(x, y, temperature).flatten() for x, y in zip(xs, ys, strict=True)]
+    total = sum(weight * loss.sum() for weight, loss in zip(problems.weights, losses, strict=True))
+    loss = torch.cat(losses)
+    (total if upstream is None else (upstream.to(dtype) * loss).sum()).backward()
+    return Result(
+        loss.detach(),
+        total.detach(),
+        tuple(x.grad for x in xs),
+        tuple(y.grad for y in ys),
+        temperature.grad,
+    )
+
+
+def exact(problems: Problems, upstream: Tensor | None = None) -> Result:
+    """The specification in float64."""
+
+    def terms(x, y, temperature):
+        logits = reference.cosine_logits(x, y, temperature, normalize=problems.normalize)
+        return reference.info_nce(logits, symmetric=problems.symmetric)
+
+    return differentiate(problems, torch.float64, upstream, terms)
+
+
+def plain(problems: Problems, upstream: Tensor | None = None) -> Result:
+    """What one writes without this library, in the embeddings' own dtype."""
+
+    def terms(x, y, temperature):
+        if problems.normalize:
+            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        logits = x @ y.mT / temperature
+        own = torch.arange(x.shape[1], device=DEVICE).expand(x.shape[:2])
+        loss = F.cross_entropy(logits.mT, own, reduction="none")
+        if problems.symmetric:
+            loss = (loss + F.cross_entropy(logits, own, reduction="none")) / 2
+        return loss
+
+    return differentiate(problems, problems.x[0].dtype, upstream, terms)
+
+
+def ours(problems: Problems, upstream: Tensor | None = None) -> Result:
+    if upstream is None:
+        terms, gradients = triton_backend.step(problems)
+    else:
+        terms = triton_backend.forward(problems)
+        gradients = triton_backend.backward(problems, terms.lse, upstream)
+    for gradient, x in zip((*gradients.x, *gradients.y), (*problems.x, *problems.y), strict=True):
+        assert gradient.dtype == x.dtype
+        assert gradient.shape == x.shape
+    return Result(terms.loss, terms.total, *gradients)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """|actual − expected| / |expected|."""
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def errors(actual: Result, expected: Result) -> dict[str, float]:
+    found = {
+        "loss": error(actual.loss, expected.loss),
+        "temperature": error(actual.temperature, expected.temperature),
+    }
+    for name, mine, theirs in (("x", actual.x, expected.x), ("y", actual.y, expected.y)):
+        for k, (a, e) in enumerate(zip(mine, theirs, strict=True)):
+            found[f"{name}{k}"] = error(a, e)
+    return found
+
+
+def check(problems: Problems, upstream: Tensor | None = None, bound: float | None = None) -> None:
+    """At most twice plain PyTorch's error, and at most `bound`.
+
+    Where plain PyTorch happens to be all but exact, eight roundings of the result are allowed.
+    """
+    expected = exact(problems, upstream)
+    result = ours(problems, upstream)
+    found, allowed = errors(result, expected), errors(plain(problems, upstream), expected)
+    unit = torch.finfo(problems.x[0].dtype).eps
+    for name, value in found.items():
+        limit = 2 * allowed[name] + (unit if name[0] in "xy" else 8 * 2.0**-23)
+        if name == "temperature" or name == "loss":
+            limit = max(limit, unit)
+        assert value <= limit, (name, value, allowed[name])
+        if bound is not None and name[0] in "xy":
+            assert value <= bound, (name, value)
+    if upstream is None:
+        assert float(result.total) == pytest.approx(float(expected.total), rel=10 * unit, abs=unit)
+
+
+SHAPES = {
+    "tails": [(2, 19, 23, 17)],
+    "square": [(1, 37, 37, 24)],
+    "pairs": [(3, 20, 20, 24), (1, 20, 20, 24), (2, 33, 33, 7)],
+    "one dimension": [(1, 18, 21, 1)],
+    "blocks": [(1, 70, 100, 33)],
+}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_agrees_with_float64(dtype, path, shape, symmetric):
+    shapes = [(G, M, M if symmetric else N, D) for G, M, N, D in SHAPES[shape]]
+    check(make(shapes, getattr(torch, dtype), symmetric=symmetric))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("float32", (1, 150, 170, 24)),
+        ("bfloat16", (1, 140, 150, 24)),
+        ("float16", (1, 24, 40, 200)),
+        ("float32", (1, 24, 40, 300)),
+        ("bfloat16", (1, 20, 40, 300)),
+    ],
+)
+def test_agrees_beyond_one_block(path, dtype, shape, symmetric):
+    G, M, N, D = shape
+    check(make([(G, M, M if symmetric else N, D)], getattr(torch, dtype), symmetric=symmetric))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_agrees_without_normalising(dtype, path, symmetric):
+    problems = make(
+        [(2, 21, 21, 20)],
+        getattr(torch, dtype),
+        normalize=False,
+        symmetric=symmetric,
+        temperature=0.3,
+    )
+    check(problems)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_upstream_differs_by_row(dtype, path, symmetric):
+    problems = make([(2, 20, 20, 24), (1, 17, 17, 24)], getattr(torch, dtype), symmetric=symmetric)
+    upstream = torch.randn(57, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    check(problems, upstream)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("noise", [None, 1e-3])
+def test_float32_is_accurate(path, noise, symmetric):
+    check(make([(1, 70, 70, 64)], noise=noise, symmetric=symmetric), bound=3e-6)
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES[1:], indirect=["path"])
+def test_half_precision_is_accurate_once_converged(dtype, path):
+    problems = make([(1, 48, 48, 32)], getattr(torch, dtype), noise=0.05)
+    check(problems)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.013, 0.07, 10.0])
+def test_every_temperature(path, temperature, symmetric, learned):
+    value = torch.tensor([temperature], device=DEVICE) if learned else temperature
+    check(make([(1, 35, 35, 16)], temperature=value, symmetric=symmetric))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_temperature_in_a_tensor_of_any_dtype(path, kind):
+    problems = make([(1, 20, 25, 16)], temperature=torch.tensor(0.125, dtype=kind, device=DEVICE))
+    number = problems._replace(temperature=0.125)
+    found = errors(ours(problems), exact(number))
+    assert max(found.values()) < 2e-6
+    assert ours(problems).temperature.dtype == torch.float32
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("temperature", [0.0124, 0.0135, 0.02])
+def test_negatives_may_be_as_far_as_can_be(path, temperature, learned):
+    """Row 0 has every negative at −1/τ, the others one at 1/τ: no fixed shift may lose either."""
+    x = torch.zeros(1, 20, 4, device=DEVICE)
+    x[..., 0] = 1
+    y = -x
+    y[:, 0] = x[:, 0]
+    value = torch.tensor(temperature, device=DEVICE) if learned else temperature
+    problems = Problems((x,), (y.clone(),), (1.0,), value, True, True)
+    assert error(triton_backend.forward(problems).loss, exact(problems).loss) < 1e-6
+
+
+def test_the_fixed_shift_neither_overflows_nor_vanishes():
+    fixed_shift = triton_backend.general.fixed_shift
+    shifts = 0
+    for temperature in (10.0, 0.07, 0.02, 0.014, 0.0125, 0.01, 1e-3):
+        for columns in (2, 128, 65_536, 2**24):
+            problems = make([(1, 1, 1, 1)], temperature=temperature)
+            shift = fixed_shift(problems, columns)
+            if shift is None:
+                continue
+            shifts += 1
+            assert 1 / temperature + math.log(columns) - shift < math.log(3.4e38)
+            assert -1 / temperature - shift > math.log(1.2e-38)
+    assert shifts >= 17  # all at 0.02 and above
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_single_row_has_no_loss(dtype, path, symmetric):
+    problems = make([(2, 1, 1, 5)], getattr(torch, dtype), symmetric=symmetric)
+    terms, gradients = triton_backend.step(problems)
+    assert terms.loss.tolist() == [0, 0]
+    assert terms.hits.tolist() == [True, True]
+    assert (terms.lse == -math.inf).all()
+    assert not gradients.x[0].any()
+    assert not gradients.y[0].any()
+    assert float(gradients.temperature) == 0
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_zero_vectors_have_no_gradient(dtype, path):
+    problems = make([(1, 20, 24, 8)], getattr(torch, dtype))
+    problems.x[0][0, 3] = 0
+    problems.y[0][0, 5] = 0
+    problems.y[0][0, 22] = 0
+    found, expected = ours(problems), exact(problems)
+    assert not found.x[0][0, 3].any()
+    assert not found.y[0][0, [5, 22]].any()
+    assert error(found.loss, expected.loss) < torch.finfo(problems.x[0].dtype).eps
+    assert error(found.y[0], expected.y[0]) < 4 * torch.finfo(problems.x[0].dtype).eps
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_nan_shows_in_its_row(dtype, path, learned):
+    temperature = torch.tensor(0.07, device=DEVICE) if learned else 0.07
+    problems = make([(2, 20, 20, 8)], getattr(torch, dtype), temperature=temperature, noise=0.1)
+    problems.x[0][0, 3, 2] = math.nan
+    terms = triton_backend.forward(problems)
+    assert terms.loss.isnan().nonzero().flatten().tolist() == [3]
+    assert terms.hits.logical_not().nonzero().flatten().tolist() == [3]
+    problems.x[0][0, 3, 2] = 0
+    problems.y[0][1, 7] = math.nan
+    terms = triton_backend.forward(problems)
+    assert terms.loss.isnan().tolist() == [False] * 20 + [True] * 20
+    assert not terms.hits[20:].any()
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_a_tie_is_a_miss(dtype, path):
+    x = torch.linspace(0.1, 1.3, 11).expand(2, 40, 11).to(DEVICE, getattr(torch, dtype))
+    problems = Problems((x,), (x,), (1.0,), 0.07, True, False)
+    assert not triton_backend.forward(problems).hits.any()
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_hits_and_lse(dtype, path, symmetric):
+    problems = make([(2, 37, 37, 12)], getattr(torch, dtype), noise=1.0, symmetric=symmetric)
+    terms = triton_backend.forward(problems)
+    logits = reference.cosine_logits(problems.x[0].double(), problems.y[0].double(), 0.07)
+    hits = reference.top1(logits).flatten()
+    assert 10 < hits.sum() < 70
+    # Half precision may decide otherwise where the best negative is as close as its rounding.
+    assert (terms.hits != hits).sum() <= (0 if dtype == "float32" else 1)
+    negatives = logits.masked_fill(torch.eye(37, dtype=torch.bool, device=DEVICE), -math.inf)
+    both = [negatives.logsumexp(-1).flatten(), negatives.logsumexp(-2).flatten()]
+    expected = torch.stack(both[: 1 + symmetric])
+    assert error(terms.lse, expected) < torch.finfo(problems.x[0].dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [("float32", 1e30), ("float32", 1e-9), ("bfloat16", 1e35), ("float16", 1e4)],
+)
+def test_length_does_not_matter(path, dtype, factor):
+    problems = make([(1, 20, 23, 9)], getattr(torch, dtype))
+    long = problems._replace(
+        x=tuple((x.double() * factor).to(x.dtype) for x in problems.x),
+        y=tuple((y.double() * factor).to(y.dtype) for y in problems.y),
+    )
+    found, expected = ours(long), exact(long)
+    eps = torch.finfo(problems.x[0].dtype).eps
+    assert error(found.loss, expected.loss) < eps
+    if factor < 1e20:  # beyond, gradients are below the smallest number
+        assert error(found.x[0].double() * factor, expected.x[0] * factor) < 100 * eps
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+def test_strides_do_not_matter(dtype, path):
+    problems = make([(3, 18, 18, 20), (2, 18, 18, 20)], getattr(torch, dtype))
+    expected_terms, expected = triton_backend.step(problems)
+
+    def timesteps_inside(t):  # [G, M, D] seen in memory of [M, G, D]
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def between_nans(t):  # every other column and row of a larger tensor
+        room = t.new_full((t.shape[0], 2 * t.shape[1], 2 * t.shape[2]), math.nan)
+        room[:, ::2, ::2] = t
+        return room[:, ::2, ::2]
+
+    strided = problems._replace(
+        x=(timesteps_inside(problems.x[0]), between_nans(problems.x[1])),
+        y=(between_nans(problems.y[0]), timesteps_inside(problems.y[1])),
+    )
+    terms, gradients = triton_backend.step(strided)
+    assert torch.equal(terms.loss, expected_terms.loss)
+    assert all(map(torch.equal, gradients.x, expected.x))
+    assert all(map(torch.equal, gradients.y, expected.y))
+    assert gradients.x[0].stride() == strided.x[0].stride()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "path"), [("float16", "small"), ("float16", "general")], indirect=["path"]
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_weights_do_not_underflow(dtype, path, symmetric):
+    """A mean over a million rows: w·P is below float16, the gradient by a short vector is not."""
+    problems = make([(1, 40, 40, 16)], torch.float16, temperature=1.0, symmetric=symmetric)
+    problems = problems._replace(
+        x=(problems.x[0] * 1e-3,), y=(problems.y[0] * 1e-3,), weights=(1e-6,)
+    )
+    found, expected = errors(ours(problems), exact(problems)), None
+    assert expected is None
+    assert found["x0"] < 2e-3
+    assert found["y0"] < 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_same_bits_every_time(dtype, path, symmetric):
+    problems = make([(2, 40, 40, 16)], getattr(torch, dtype), symmetric=symmetric)
+    first_terms, first = triton_backend.step(problems)
+    for _ in range(100 if GPU else 1):
+        terms, gradients = triton_backend.step(problems)
+        assert all(map(torch.equal, terms, first_terms))
+        assert all(map(torch.equal, (*gradients.x, *gradients.y), (*first.x, *first.y)))
+        assert torch.equal(gradients.temperature, first.temperature)
+
+
+def test_the_path_follows_from_the_size(monkeypatch):
+    taken = []
+    for name in ("small", "general"):
+        module = getattr(triton_backend, name)
+        monkeypatch.setattr(
+            module,
+            "contrast",
+            lambda problems, rows, *_, name=name: (taken.append(name), (rows.loss, rows.loss))[1],
+        )
+    for shape, dtype in (((1, 128, 128, 128), HALVES[0]), ((1, 4, 129, 8), HALVES[1])):
+        triton_backend.forward(make([shape], dtype))
+    triton_backend.forward(make([(1, 4, 4, 8)], torch.float32))
+    assert taken == ["small", "general", "general"] or (GPU and taken[1:] == ["general"] * 2)
+
+
+def test_float64_is_refused():
+    problems = make([(1, 3, 3, 4)], torch.float64)
+    with pytest.raises(TypeError, match=r"backend 'triton' .*not float64; use backend='torch'"):
+        triton_backend.forward(problems)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(17, 128, 128, 128), (1, 1000, 1000, 200)])
+def test_a_graph_may_capture_a_step(shape):
+    temperature = torch.tensor(0.07, device=DEVICE)
+    problems = make([shape], torch.bfloat16, temperature=temperature)
+    triton_backend.step(problems)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms, gradients = triton_backend.step(problems)
+    problems.x[0].copy_(torch.randn_like(problems.x[0]))
+    temperature.fill_(0.1)
+    graph.replay()
+    expected_terms, expected = triton_backend.step(problems)
+    assert torch.equal(terms.loss, expected_terms.loss)
+    assert torch.equal(gradients.x[0], expected.x[0])
