@@ -70,23 +70,32 @@ struct Group {
     const T* upstream;
 };
 
+// Rows of D values lie an odd number of cache lines apart: with a power of 2 they would fall into a few sets
+// of the L1 cache, and push each other out.
+template <typename T>
+inline int64_t row_stride(int64_t width) {
+    const int64_t line = 64 / int64_t(sizeof(T));
+    return (round_up(width, std::max(line, int64_t(LANES<T>))) / line | 1) * line;
+}
+
 // What all threads of a group share.
 template <typename T>
 struct Packed {
     static constexpr int64_t W = TILE_WIDTH<T>;
 
-    int64_t width, columns;               // rounded up to whole tiles
-    T *x, *y, *y_transposed;              // [rows, width]; [width / W, columns, W]; [columns / W, width, W]
+    int64_t width, stride;                // of a row: D rounded up to whole vectors; see row_stride
+    T *x, *y, *y_transposed;              // [rows, stride]; [columns, stride]; [columns / W, width, W]
     double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
     double *positive;                     // S_ii τ
     double *row_lse, *column_lse;         // of the negatives
     double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
 
     void lay_out(Scratch& scratch, const HdcProblem& problem, bool symmetric) {
-        width = round_up(problem.width, W);
-        columns = round_up(problem.columns, W);
-        scratch.take(x, problem.rows * width);
-        scratch.take(y, columns * width);
+        width = round_up(problem.width, LANES<T>);
+        stride = row_stride<T>(problem.width);
+        const int64_t columns = round_up(problem.columns, W);
+        scratch.take(x, problem.rows * stride);
+        scratch.take(y, columns * stride);
         scratch.take(y_transposed, columns * width);
         scratch.take(x_inverse, problem.rows);
         scratch.take(y_inverse, problem.columns);
@@ -101,36 +110,35 @@ struct Packed {
 // What each thread has to itself.
 template <typename T>
 struct Private {
-    static constexpr int64_t W = TILE_WIDTH<T>;
-
     int64_t panel_rows;
     T* panel;       // STEP: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
-    T* sums;        // [width / W, panel_rows, W]: O
-    T* weighted;    // [width / W, panel_rows, W]: the panel of X̂, times what its rows weigh
-    T* dy;          // [width / W, columns, W]
+    T* sums;        // [panel_rows, stride]: O
+    T* weighted;    // [panel_rows, stride]: STEP: the panel of X̂, times what its rows weigh
+    T* dy;          // [columns, stride]
+    T* gradient;    // [width]: one row
     T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
     T* diagonal;               // [panel_rows]: S_ii τ out of the same product as the rest of the row
-    T *column_maximum, *column_sum;  // [columns]
-    T* tile;                         // [W, width]: a few rows of Ŷ
-    double total = 0, d_temperature = 0;  // sums over all groups that this thread saw
+    T *column_maximum, *column_sum;         // [columns]
+    bool has_dy;                            // whether any row of this group was its own
+    double total = 0, d_temperature = 0;    // sums over all groups that this thread saw
 
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads) {
-        const int64_t width = round_up(problem.width, W), columns = round_up(problem.columns, W);
+        const int64_t stride = row_stride<T>(problem.width), columns = round_up(problem.columns, LANES<T>);
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric;
         const int64_t blocks = call.task == HDC_STEP && !symmetric ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
-        const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable) / TILE_ROWS * TILE_ROWS);
-        // Equal panels: a share of 260 rows is two panels of 130, not one of 256 and one of 4.
+        const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
+        // Equal panels: a share of 260 rows is two panels of 130, not one of 252 and one of 8.
         const int64_t share = (problem.rows + threads - 1) / threads, panels = (share + most - 1) / most;
         panel_rows = round_up((share + panels - 1) / panels, TILE_ROWS);
         scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
         scratch.take(row_maximum, panel_rows * LANES<T>);
         scratch.take(row_sum, panel_rows * LANES<T>);
         scratch.take(diagonal, panel_rows);
-        scratch.take(tile, W * width);
-        scratch.take(sums, gradients ? panel_rows * width : 0);
-        scratch.take(weighted, gradients ? panel_rows * width : 0);
-        scratch.take(dy, gradients ? columns * width : 0);
+        scratch.take(sums, gradients ? panel_rows * stride : 0);
+        scratch.take(weighted, gradients ? panel_rows * stride : 0);
+        scratch.take(dy, gradients ? problem.columns * stride : 0);
+        scratch.take(gradient, gradients ? stride : 0);
         scratch.take(column_maximum, symmetric ? columns : 0);
         scratch.take(column_sum, symmetric ? columns : 0);
     }
@@ -161,12 +169,6 @@ class Contrast {
         return sum_of_lanes<double>(sum);
     }
 
-    // Row j of Ŷ out of its slices.
-    const T* gather_y(int64_t j, T* out) const {
-        for (int64_t d = 0; d < packed.width; d += W) std::copy_n(packed.y + d * packed.columns + j * W, W, out + d);
-        return out;
-    }
-
     // Reads row `row` of `matrix` into `out`, unit length if asked for, and returns 1 / |row|.
     double read(const HdcMatrix& matrix, int64_t row, T* out) const {
         const Stored* from = static_cast<const Stored*>(matrix.data) + row * matrix.row_stride;
@@ -178,7 +180,7 @@ class Contrast {
         std::fill(out + width, out + packed.width, T(0));
         if (!normalize) return 1;
         const double norm = std::sqrt(dot(out, out)), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
-        for (int64_t d = 0; d < width; d++) out[d] = T(double(out[d]) * inverse);
+        for (int64_t d = 0; d < packed.width; d += V) store(out + d, load(out + d) * T(inverse));
         return inverse;
     }
 
@@ -192,13 +194,17 @@ class Contrast {
             for (int64_t d = 0; d < width; d++) to[d * stride] = convert<To>(values[d]);
     }
 
+    const T* x_row(int64_t row) const { return packed.x + row * packed.stride; }
+
+    const T* y_row(int64_t row) const { return packed.y + row * packed.stride; }
+
     // S τ of one block of the current panel. Positives and the columns past the end become −inf.
     void similarities(int64_t block, T* out) {
         const int64_t begin = block * BLOCK, end = begin + columns_of(block);
         for (int64_t column = begin; column < end; column += W)
-            multiply<T, BY_ROW, false>(count, end - column, packed.x + first * packed.width, packed.width,
-                                       packed.y_transposed + column * packed.width, group.width,
-                                       out + (column - begin), STRIDE);
+            multiply<T, BY_ROW>(count, end - column, {x_row(first), packed.stride},
+                                {packed.y_transposed + column * packed.width, W}, group.width, out + (column - begin),
+                                STRIDE, false);
         constexpr T nothing = -std::numeric_limits<T>::infinity();
         for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
             T& positive = out[(i - first) * STRIDE + (i - begin)];
@@ -207,31 +213,30 @@ class Contrast {
         }
         const int64_t padded = round_up(end - begin, V);
         if (end - begin < padded)
-            for (int64_t i = 0; i < count; i++) std::fill(out + i * STRIDE + (end - begin), out + i * STRIDE + padded, nothing);
+            for (int64_t i = 0; i < count; i++)
+                std::fill(out + i * STRIDE + (end - begin), out + i * STRIDE + padded, nothing);
     }
 
-    // O += block · Ŷ
+    // O += block · Ŷ, beginning with block 0.
     void add_to_sums(const T* coefficients, int64_t block) {
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_ROW, true>(count, group.width - d, coefficients, STRIDE, packed.y + d * packed.columns + block * BLOCK * W,
-                                      columns_of(block), own.sums + d * own.panel_rows, W);
+            multiply<T, BY_ROW>(count, packed.width - d, {coefficients, STRIDE}, {y_row(block * BLOCK) + d, packed.stride},
+                                columns_of(block), own.sums + d, packed.stride, block > 0);
     }
 
-    // dŶ += blockᵀ · weighted X̂
-    void add_to_dy(const T* coefficients, int64_t block) {
+    // dŶ += blockᵀ · rows, beginning with the panel at row `begin`; `rows` are those of X̂ or their multiples.
+    void add_to_dy(const T* coefficients, int64_t block, const T* rows, int64_t begin) {
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_STEP, true>(columns_of(block), group.width - d, coefficients, STRIDE, own.weighted + d * own.panel_rows, count,
-                                       own.dy + d * packed.columns + block * BLOCK * W, W);
+            multiply<T, BY_STEP>(columns_of(block), packed.width - d, {coefficients, STRIDE},
+                                 {rows + d, packed.stride}, count,
+                                 own.dy + block * BLOCK * packed.stride + d, packed.stride, first > begin);
     }
 
-    // The panel of X̂ in slices of W, each row times its weight (1 without weights).
-    void weigh_rows(const double* weights) {
-        for (int64_t i = 0; i < count; i++) {
-            const T weight = weights ? T(weights[i]) : T(1);
-            const T* row = packed.x + (first + i) * packed.width;
-            for (int64_t d = 0; d < packed.width; d += W)
-                for (int64_t lane = 0; lane < W; lane++) own.weighted[d * own.panel_rows + i * W + lane] = row[d + lane] * weight;
-        }
+    // The panel of X̂, each row times its factor.
+    void weigh_rows(const double* factors) {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < packed.width; d += V)
+                store(own.weighted + i * packed.stride + d, T(factors[i]) * load(x_row(first + i) + d));
     }
 
     // The larger one of the row's running maximum and the maximum over one block, in each lane.
@@ -267,25 +272,23 @@ class Contrast {
     void finish_dx(int64_t i, double factor, double weight) {
         const int64_t row = first + i;
         const T of_sum = T(factor * scale), of_y = T(weight * scale);
-        const T* y = gather_y(row, own.tile);
-        T* gradient = own.tile + packed.width;
-        for (int64_t d = 0; d < packed.width; d += V) {
-            const T* sum = own.sums + d / W * W * own.panel_rows + i * W + d % W;
-            store(gradient + d, of_sum * load(sum) - of_y * load(y + d));
-        }
-        own.d_temperature -= scale * finish_gradient(gradient, packed.x + row * packed.width, packed.x_inverse[row], group.dx, row);
+        for (int64_t d = 0; d < packed.width; d += V)
+            store(own.gradient + d, of_sum * load(own.sums + i * packed.stride + d) - of_y * load(y_row(row) + d));
+        own.d_temperature -= scale * finish_gradient(x_row(row), packed.x_inverse[row], group.dx, row);
     }
 
     // (g − x̂ (x̂·g)) / |x|, written to row `row` of `matrix`. Returns x̂·g.
-    double finish_gradient(T* gradient, const T* x, double inverse, const HdcMatrix& matrix, int64_t row) const {
+    double finish_gradient(const T* x, double inverse, const HdcMatrix& matrix, int64_t row) {
+        T* gradient = own.gradient;
         Vector<T> products{};
         for (int64_t d = 0; d < packed.width; d += V) products += load(gradient + d) * load(x + d);
         const T along = sum_of_lanes<T>(products), factor = T(inverse);
         if (normalize)
-            for (int64_t d = 0; d < packed.width; d += V) store(gradient + d, (load(gradient + d) - along * load(x + d)) * factor);
+            for (int64_t d = 0; d < packed.width; d += V)
+                store(gradient + d, (load(gradient + d) - along * load(x + d)) * factor);
         if (full_gradients) write<T>(matrix, row, gradient);
         else write<Stored>(matrix, row, gradient);
-        return along;
+        return double(along);
     }
 
   public:
@@ -295,39 +298,30 @@ class Contrast {
           scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
 
     void pack_x(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++) packed.x_inverse[i] = read(group.x, i, packed.x + i * packed.width);
+        for (int64_t i = rows.begin; i < rows.end; i++) packed.x_inverse[i] = read(group.x, i, packed.x + i * packed.stride);
     }
 
     // `columns` begins at a whole tile.
     void pack_y(Share columns) {
-        T* tile = own.tile;
-        for (int64_t begin = columns.begin; begin < columns.end; begin += W) {
-            const int64_t end = std::min(begin + W, columns.end);
-            std::fill(tile, tile + W * packed.width, T(0));
-            for (int64_t j = begin; j < end; j++) packed.y_inverse[j] = read(group.y, j, tile + (j - begin) * packed.width);
-            for (int64_t d = 0; d < packed.width; d += W)
-                for (int64_t j = 0; j < W; j++)
-                    std::copy_n(tile + j * packed.width + d, W, packed.y + d * packed.columns + (begin + j) * W);
-            T* transposed = packed.y_transposed + begin * packed.width;
-            for (int64_t d = 0; d < packed.width; d += V)
-                for (int64_t j = 0; j < W; j += V)
-                    transpose(tile + j * packed.width + d, packed.width, transposed + d * W + j, W);
+        for (int64_t j = columns.begin; j < columns.end; j++) packed.y_inverse[j] = read(group.y, j, packed.y + j * packed.stride);
+        for (int64_t j = columns.end; j % W; j++) std::fill_n(packed.y + j * packed.stride, packed.width, T(0));
+        for (int64_t j = columns.begin; j < columns.end; j += V) {
+            T* tile = packed.y_transposed + j / W * W * packed.width + j % W;
+            for (int64_t d = 0; d < packed.width; d += V) transpose(y_row(j) + d, packed.stride, tile + d * W, W);
         }
     }
 
     void dot_positives(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++)
-            packed.positive[i] = dot(packed.x + i * packed.width, gather_y(i, own.tile));
+        for (int64_t i = rows.begin; i < rows.end; i++) packed.positive[i] = dot(x_row(i), y_row(i));
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
     void step(Share rows) {
-        std::fill(own.dy, own.dy + packed.columns * packed.width, T(0));
+        own.has_dy = rows.begin < rows.end;
         double factors[PANEL_ROWS];
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
-            std::fill(own.sums, own.sums + own.panel_rows * packed.width, T(0));
             for (int64_t block = 0; block < blocks(); block++) {
                 T* values = block_of_panel(block);
                 similarities(block, values);
@@ -352,7 +346,7 @@ class Contrast {
                 factors[i] = sum == 0 ? 0 : packed.row_weight[first + i] / sum;
             }
             weigh_rows(factors);
-            for (int64_t block = 0; block < blocks(); block++) add_to_dy(block_of_panel(block), block);
+            for (int64_t block = 0; block < blocks(); block++) add_to_dy(block_of_panel(block), block, own.weighted, rows.begin);
             for (int64_t i = 0; i < count; i++)
                 finish_dx(i, factors[i], packed.row_weight[first + i]);
         }
@@ -378,8 +372,8 @@ class Contrast {
     // FORWARD: logsumexps and hits of these rows; running maxima and sums of all columns over them.
     void forward(Share rows) {
         if (symmetric) {
-            std::fill(own.column_maximum, own.column_maximum + packed.columns, LOWEST<T>);
-            std::fill(own.column_sum, own.column_sum + packed.columns, T(0));
+            std::fill_n(own.column_maximum, round_up(group.columns, V), LOWEST<T>);
+            std::fill_n(own.column_sum, round_up(group.columns, V), T(0));
         }
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
@@ -461,17 +455,15 @@ class Contrast {
     }
 
     void backward(Share rows) {
+        own.has_dy = rows.begin < rows.end;
         if (symmetric) load_columns();
-        std::fill(own.dy, own.dy + packed.columns * packed.width, T(0));
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
-            std::fill(own.sums, own.sums + own.panel_rows * packed.width, T(0));
-            weigh_rows(nullptr);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 coefficients(block);
                 add_to_sums(own.panel, block);
-                add_to_dy(own.panel, block);
+                add_to_dy(own.panel, block, x_row(first), rows.begin);
             }
             for (int64_t i = 0; i < count; i++) {
                 const double weight = packed.row_weight[first + i] + (symmetric ? packed.column_weight[first + i] : 0);
@@ -498,8 +490,8 @@ class Contrast {
 
     // The columns' part of `coefficients`, as vectors of T, where FORWARD keeps maxima and sums.
     void load_columns() {
-        std::fill(own.column_maximum, own.column_maximum + packed.columns, T(0));
-        std::fill(own.column_sum, own.column_sum + packed.columns, T(0));
+        std::fill_n(own.column_maximum, round_up(group.columns, V), T(0));
+        std::fill_n(own.column_sum, round_up(group.columns, V), T(0));
         for (int64_t j = 0; j < group.columns; j++)
             split(packed.column_lse[j], packed.column_weight[j], own.column_maximum[j], own.column_sum[j]);
     }
@@ -516,16 +508,14 @@ class Contrast {
         for (int64_t j = columns.begin; j < columns.end; j++) {
             const bool has_positive = j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
-            const T* x = packed.x + (has_positive ? j : 0) * packed.width;
-            const T* y = gather_y(j, own.tile);
-            T* gradient = own.tile + packed.width;
+            const T* x = x_row(has_positive ? j : 0);
             for (int64_t d = 0; d < packed.width; d += V) {
-                const int64_t at = d / W * W * packed.columns + j * W + d % W;
                 Vector<T> sum = -weight * load(x + d);
-                for (const Private<T>& thread : threads) sum += load(thread.dy + at);
-                store(gradient + d, sum * T(scale));
+                for (const Private<T>& thread : threads)
+                    if (thread.has_dy) sum += load(thread.dy + j * packed.stride + d);
+                store(own.gradient + d, sum * T(scale));
             }
-            finish_gradient(gradient, y, packed.y_inverse[j], group.dy, j);
+            finish_gradient(y_row(j), packed.y_inverse[j], group.dy, j);
         }
     }
 };

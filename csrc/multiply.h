@@ -19,12 +19,17 @@ constexpr int TILE_VECTORS = HDC_VECTOR_BYTES == 64 ? 4 : 2;
 template <typename T>
 constexpr int TILE_WIDTH = TILE_VECTORS * LANES<T>;
 
+template <typename T>
+struct Operand {
+    const T* data;
+    int64_t stride;
+};
+
 // Whether the k of one row lie together (a[r·stride + k]) or the rows of one k (a[k·stride + r]).
 enum Order { BY_ROW, BY_STEP };
 
-template <typename T, int R, int VECTORS, Order ORDER, bool ADD>
-inline void multiply_tile(const T* __restrict a, int64_t a_stride, const T* __restrict b, int64_t steps,
-                          T* __restrict out, int64_t out_stride) {
+template <typename T, int R, int VECTORS, Order ORDER>
+inline void multiply_tile(Operand<T> a, Operand<T> b, int64_t steps, T* __restrict out, int64_t out_stride, bool add) {
     constexpr int V = LANES<T>;
     Vector<T> sum[R][VECTORS];
 #pragma GCC unroll 8
@@ -33,12 +38,14 @@ inline void multiply_tile(const T* __restrict a, int64_t a_stride, const T* __re
         for (int v = 0; v < VECTORS; v++) sum[r][v] = Vector<T>{};
 #pragma GCC unroll 4
     for (int64_t k = 0; k < steps; k++) {
+        // A column of a panel is a new cache line in every step, too far apart for the hardware to foresee.
+        if (ORDER == BY_STEP) __builtin_prefetch(a.data + k * a.stride + 128 / sizeof(T));
         Vector<T> right[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) right[v] = load(b + k * TILE_WIDTH<T> + v * V);
+        for (int v = 0; v < VECTORS; v++) right[v] = load(b.data + k * b.stride + v * V);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const Vector<T> left = broadcast(ORDER == BY_ROW ? a[r * a_stride + k] : a[k * a_stride + r]);
+            const Vector<T> left = broadcast(a.data[ORDER == BY_ROW ? r * a.stride + k : k * a.stride + r]);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
         }
@@ -48,41 +55,39 @@ inline void multiply_tile(const T* __restrict a, int64_t a_stride, const T* __re
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
             T* to = out + r * out_stride + v * V;
-            store(to, ADD ? load(to) + sum[r][v] : sum[r][v]);
+            store(to, add ? load(to) + sum[r][v] : sum[r][v]);
         }
 }
 
 // Fewer rows than a tile has.
-template <typename T, int R, int VECTORS, Order ORDER, bool ADD>
-inline void multiply_rest(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t steps, T* out,
-                          int64_t out_stride) {
+template <typename T, int R, int VECTORS, Order ORDER>
+inline void multiply_rest(int64_t rows, Operand<T> a, Operand<T> b, int64_t steps, T* out, int64_t out_stride, bool add) {
     if constexpr (R > 0) {
-        if (rows == R) return multiply_tile<T, R, VECTORS, ORDER, ADD>(a, a_stride, b, steps, out, out_stride);
-        multiply_rest<T, R - 1, VECTORS, ORDER, ADD>(rows, a, a_stride, b, steps, out, out_stride);
+        if (rows == R) return multiply_tile<T, R, VECTORS, ORDER>(a, b, steps, out, out_stride, add);
+        multiply_rest<T, R - 1, VECTORS, ORDER>(rows, a, b, steps, out, out_stride, add);
     }
 }
 
-template <typename T, int VECTORS, Order ORDER, bool ADD>
-__attribute__((noinline)) void multiply_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t steps,
-                                             T* out, int64_t out_stride) {
-    const int64_t next = ORDER == BY_ROW ? a_stride : 1;  // from one row of a to the next
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        multiply_tile<T, TILE_ROWS, VECTORS, ORDER, ADD>(a + r * next, a_stride, b, steps, out + r * out_stride,
-                                                         out_stride);
-    multiply_rest<T, TILE_ROWS - 1, VECTORS, ORDER, ADD>(rows - r, a + r * next, a_stride, b, steps,
-                                                         out + r * out_stride, out_stride);
+template <typename T, int VECTORS, Order ORDER>
+__attribute__((noinline)) void multiply_rows(int64_t rows, Operand<T> a, Operand<T> b, int64_t steps, T* out,
+                                             int64_t out_stride, bool add) {
+    const int64_t next = ORDER == BY_ROW ? a.stride : 1;  // from one row of a to the next
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS) {
+        multiply_tile<T, TILE_ROWS, VECTORS, ORDER>(a, b, steps, out, out_stride, add);
+        a.data += TILE_ROWS * next;
+        out += TILE_ROWS * out_stride;
+    }
+    multiply_rest<T, TILE_ROWS - 1, VECTORS, ORDER>(rows, a, b, steps, out, out_stride, add);
 }
 
-// out[rows, width] (+)= a[rows, steps] · b[steps, width], up to TILE_WIDTH wide. The rows of b lie TILE_WIDTH
-// apart; `width` is rounded up to whole vectors.
-template <typename T, Order ORDER, bool ADD, int VECTORS = TILE_VECTORS>
-inline void multiply(int64_t rows, int64_t width, const T* a, int64_t a_stride, const T* b, int64_t steps, T* out,
-                     int64_t out_stride) {
+// out[rows, width] (+)= a[rows, steps] · b[steps, width] for at most TILE_WIDTH columns, rounded up to vectors.
+template <typename T, Order ORDER, int VECTORS = TILE_VECTORS>
+inline void multiply(int64_t rows, int64_t width, Operand<T> a, Operand<T> b, int64_t steps, T* out,
+                     int64_t out_stride, bool add) {
     if constexpr (VECTORS > 1)
         if (width <= (VECTORS - 1) * LANES<T>)
-            return multiply<T, ORDER, ADD, VECTORS - 1>(rows, width, a, a_stride, b, steps, out, out_stride);
-    multiply_rows<T, VECTORS, ORDER, ADD>(rows, a, a_stride, b, steps, out, out_stride);
+            return multiply<T, ORDER, VECTORS - 1>(rows, width, a, b, steps, out, out_stride, add);
+    multiply_rows<T, VECTORS, ORDER>(rows, a, b, steps, out, out_stride, add);
 }
 
 }  // namespace HDC_ISA
