@@ -56,7 +56,8 @@ def run(device: str) -> list[dict[str, Any]]:
 def _reference(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     """InfoNCE with the positive out of the sum: no digits cancel, however small the loss."""
     logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT / temperature
-    negatives = logits.masked_fill(torch.eye(len(query), dtype=torch.bool, device=query.device), -math.inf)
+    positive = torch.eye(len(query), dtype=torch.bool, device=query.device)
+    negatives = logits.masked_fill(positive, -math.inf)
     return F.softplus(negatives.logsumexp(1) - logits.diagonal(), threshold=1e3).mean()
 
 

@@ -3,15 +3,16 @@
     python bench/measure.py SPECIFICATION RESULT      both are JSON files
 
 A sample of a contender is one call without gradients ("evaluate") and one training step, whose two halves
-are timed as well ("forward", "backward", "step"). Rounds go through all contenders, so that a change of
-clocks or of neighbours meets everybody, and ratios are taken within a round. On a GPU, times are between
-events on the device, and whole steps are also replayed as a CUDA graph ("graph").
+are timed as well ("forward", "backward", "step"). Rounds go through all contenders, each round beginning with
+another, so that a change of clocks or of neighbours meets everybody, and ratios are taken within a round.
+On a GPU, times are between events on the device, and whole steps are also replayed as a CUDA graph ("graph").
 """
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from hdc import atomic
 
 MOST_ROUNDS = 100
 FEWEST_ROUNDS = 3
+SHORT = 0.05  # seconds: what takes less is called once before it is timed
 L2_BYTES = 2**26  # more than any GPU of today has by a little: an H100 has 50 MiB
 GRAPH_STEPS = 8
 # Relative differences from ours beyond which a contender computes something else, or worse.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+
+NOT_ASKED = {"status": "left out", "reason": "not asked for"}
 
 
 class Entry:
@@ -46,14 +50,18 @@ class Entry:
             self.samples.setdefault(what, []).append(seconds)
 
 
-def measure_case(case: Case, names: Sequence[str], spec: dict[str, Any], budget: Budget) -> dict[str, Any]:
+def measure_case(
+    case: Case, names: Sequence[str], spec: dict[str, Any], budget: Budget
+) -> dict[str, Any]:
     """Everything about one case, contender by contender."""
     results: dict[str, Any] = {}
     sets = _input_sets(case)
-    expected = _step(contenders.of(case.problem)[_index_of_ours(case)].build(case), sets[0])
+    everyone = {contender.name: contender for contender in contenders.of(case.problem)}
+    expected = step(everyone[OURS].build(case), sets[0])
     entries = []
-    for contender in contenders.of(case.problem):
+    for contender in everyone.values():
         if contender.name not in names:
+            results[contender.name] = NOT_ASKED
             continue
         entry = _begin(contender, case, sets[0], expected, spec, budget)
         if isinstance(entry, Entry):
@@ -78,10 +86,6 @@ def measure_case(case: Case, names: Sequence[str], spec: dict[str, Any], budget:
         "contenders": results,
         "ceilings": {what: summary(values) for what, values in heights.items()},
     }
-
-
-def _index_of_ours(case: Case) -> int:
-    return [contender.name for contender in contenders.of(case.problem)].index(OURS)
 
 
 def _input_sets(case: Case) -> list[list[Tensor]]:
@@ -113,13 +117,13 @@ def _begin(
     print(f"  {case.problem}, B = {case.batch:,}: {name}", file=sys.stderr, flush=True)
     entry = Entry(contender, loss)
     try:
-        _step(loss, inputs)  # compilation, libraries' first calls
+        step(loss, inputs)  # compilation, libraries' first calls
         if case.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        found = _step(loss, inputs)
+        found = step(loss, inputs)
         if case.device == "cuda":
             torch.cuda.synchronize()
             entry.result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
@@ -128,9 +132,10 @@ def _begin(
             loss(*inputs)
     except Exception as error:  # a peer's failure is a result, not ours to raise
         torch.cuda.empty_cache()
-        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        return {"status": "failed", "reason": reason(error)}
     budget.record(case.problem, name, Need(case.batch, seconds, entry.result.get("peak_bytes", 0)))
-    entry.result |= _compare(found, expected, case)
+    if case.problem != "overhead":  # where loss and gradients are 0
+        entry.result |= _compare(found, expected, case)
     return entry
 
 
@@ -148,6 +153,12 @@ def _compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case
     }
 
 
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """|found − expected| / |expected|, norms over everything."""
     pairs = zip(found, expected, strict=True)
@@ -155,7 +166,8 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return distance / sum(float(b.norm()) ** 2 for b in expected) ** 0.5
 
 
-def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Loss and gradients."""
     value = loss(*inputs)
     return value.detach(), *torch.autograd.grad(value, inputs)
 
@@ -175,8 +187,13 @@ def _rounds(
             break
         for what, measure in limits.items():
             heights[what].append(measure())
-        for entry in due:
+        first = number % len(due)
+        for entry in due[first:] + due[:first]:
             start = time.perf_counter()
+            if entry.spent < SHORT * (
+                number + 1
+            ):  # or it would pay for what its predecessor left behind
+                step(entry.loss, sets[(number - 1) % len(sets)])
             entry.add(sample(entry.loss, sets[number % len(sets)]))
             entry.spent += time.perf_counter() - start
     return heights
@@ -207,7 +224,7 @@ def _sample_gpu(loss: Loss, inputs: list[Tensor]) -> dict[str, float]:
     torch.autograd.grad(value, inputs)
     events[3].record()
     events[3].synchronize()
-    return _parts(*(a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)))
+    return _parts(*(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)))
 
 
 def _parts(evaluate: float, forward: float, backward: float) -> dict[str, float]:
@@ -226,10 +243,10 @@ def _graph(loss: Loss, sets: list[list[Tensor]]) -> dict[str, Any]:
     try:
         with torch.cuda.graph(graph):
             for inputs in used:
-                _step(loss, inputs)
+                step(loss, inputs)
     except Exception as error:  # synchronises, or allocates where it may not
         torch.cuda.synchronize()
-        return {"graph_failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        return {"graph_failed": reason(error)}
     samples = []
     for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -249,17 +266,23 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high), "count": len(samples)}
 
 
-def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
+def run(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All cases of a specification, in its order: small before large."""
     torch.set_num_threads(spec["threads"])
     budget = Budget(spec["limit"], spec["memory"])
-    cases: list[Callable[[], dict[str, Any]]] = []
     for given in spec["cases"]:
         case = Case(given["problem"], given["batch"], given["device"], given["dtype"])
-        cases.append(lambda case=case, names=given["names"]: measure_case(case, names, spec, budget))
-    return [case() for case in cases]
+        yield measure_case(case, given["names"], spec, budget)
+
+
+def store(results: Iterable[dict[str, Any]], target: Path) -> None:
+    """Write them after each: what is measured stays, whatever the next one does to the process."""
+    kept = []
+    for result in results:
+        kept.append(result)
+        atomic.write_json(target, kept)
 
 
 if __name__ == "__main__":
     specification, target = map(Path, sys.argv[1:])
-    atomic.write_json(target, run(json.loads(specification.read_text())))
+    store(run(json.loads(specification.read_text())), target)

@@ -51,9 +51,6 @@ def hd_nce_bmm(
     shares = [weight / len(q) for weight, (q, _) in zip([*weights, *weights], pairs, strict=True)]
     steps = [len(q) for q, _ in pairs]
     return sum(
-        (
-            share * part.sum()
-            for share, part in zip(shares, losses.split(steps), strict=True)
-        ),
+        (share * part.sum() for share, part in zip(shares, losses.split(steps), strict=True)),
         losses.new_zeros(()),
     )

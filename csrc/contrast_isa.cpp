@@ -20,6 +20,15 @@ int thread_index() {
 #endif
 }
 
+// Of the team that is at work: OpenMP may give fewer threads than it was asked for.
+int thread_count() {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 // The scratch of the threads that work on one group together.
 template <typename T>
 struct Team {
@@ -53,29 +62,36 @@ class Calculation {
     std::vector<Item> items;
 
     template <typename Element>
+    static Element* at(Element* array, int64_t row) {
+        return array ? array + row : nullptr;
+    }
+
+    template <typename Element>
     static HdcMatrix at(const HdcMatrix& matrix, int64_t group) {
-        return {static_cast<Element*>(matrix.data) + group * matrix.group_stride, 0, matrix.row_stride, matrix.column_stride};
+        return {at(static_cast<Element*>(matrix.data), group * matrix.group_stride), 0, matrix.row_stride, matrix.column_stride};
     }
 
     Group<T> group_of(const Item& item) const {
         const HdcProblem& p = *item.problem;
-        double* lse = call.lse + item.row;
+        double* lse = at(call.lse, item.row);
         const bool full = call.task == HDC_STEP;
         return {at<Stored>(p.x, item.group), at<Stored>(p.y, item.group),
                 full ? at<T>(p.dx, item.group) : at<Stored>(p.dx, item.group),
                 full ? at<T>(p.dy, item.group) : at<Stored>(p.dy, item.group),
                 p.rows, p.columns, p.width, p.weight,
-                static_cast<T*>(call.terms) + item.row, call.hits + item.row, lse, lse + rows,
-                static_cast<const T*>(call.upstream) + item.row};
+                at(static_cast<T*>(call.terms), item.row), at(call.hits, item.row), lse,
+                call.symmetric ? lse + rows : nullptr, at(static_cast<const T*>(call.upstream), item.row)};
     }
 
     void run(const Item& item, Team<T>& team) const {
         team.lay_out(*item.problem, call);
         const Group<T> group = group_of(item);
-        const int threads = int(team.own.size());
+        const int wanted = int(team.own.size());
         const bool saved = call.task == HDC_BACKWARD, one_pass = call.task == HDC_STEP && !call.symmetric;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
         {
+            const int threads = thread_count();
+            const Threads<T> all{team.own.data(), threads};
             Contrast<T, Stored> work(call, group, team.packed, team.own[size_t(thread_index())]);
             const Share mine = share_of(group.rows, thread_index(), threads, TILE_ROWS);
             const Share columns = share_of(group.columns, thread_index(), threads, Packed<T>::W);
@@ -88,7 +104,7 @@ class Calculation {
             } else if (!saved) {
                 work.forward(mine);
 #pragma omp barrier
-                work.merge_columns(columns, team.own);
+                work.merge_columns(columns, all);
 #pragma omp barrier
                 work.finish_terms(mine);
             }
@@ -98,7 +114,7 @@ class Calculation {
                 work.backward(mine);
             }
 #pragma omp barrier
-            if (call.task != HDC_FORWARD) work.finish_dy(columns, team.own);
+            if (call.task != HDC_FORWARD) work.finish_dy(columns, all);
         }
     }
 

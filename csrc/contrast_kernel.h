@@ -25,7 +25,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "contrast.h"
 #include "multiply.h"
@@ -142,6 +141,15 @@ struct Private {
         scratch.take(column_maximum, symmetric ? columns : 0);
         scratch.take(column_sum, symmetric ? columns : 0);
     }
+};
+
+template <typename T>
+struct Threads {  // those that work on a group
+    const Private<T>* first;
+    int count;
+
+    const Private<T>* begin() const { return first; }
+    const Private<T>* end() const { return first + count; }
 };
 
 template <typename T, typename Stored>
@@ -416,7 +424,7 @@ class Contrast {
     }
 
     // The columns' logsumexps out of what every thread found about them.
-    void merge_columns(Share columns, const std::vector<Private<T>>& threads) {
+    void merge_columns(Share columns, Threads<T> threads) {
         if (!symmetric) return;
         for (int64_t j = columns.begin; j < columns.end; j++) {
             T highest = LOWEST<T>;
@@ -477,12 +485,13 @@ class Contrast {
         const int64_t begin = block * BLOCK, width = round_up(columns_of(block), V);
         for (int64_t i = 0; i < count; i++) {
             T* row = own.panel + i * STRIDE;
-            T lse2, factor;
-            split(packed.row_lse[first + i], packed.row_weight[first + i], lse2, factor);
+            T lse, factor;
+            split(packed.row_lse[first + i], packed.row_weight[first + i], lse, factor);
             for (int64_t j = 0; j < width; j += V) {
-                const Vector<T> s = load(row + j) * scale2;
-                Vector<T> g = factor * exp2(s - lse2);
-                if (symmetric) g += load(own.column_sum + begin + j) * exp2(s - load(own.column_maximum + begin + j));
+                const Vector<T> s = load(row + j);
+                Vector<T> g = factor * exp2((s - lse) * scale2);
+                if (symmetric)
+                    g += load(own.column_sum + begin + j) * exp2((s - load(own.column_maximum + begin + j)) * scale2);
                 store(row + j, g);
             }
         }
@@ -496,15 +505,16 @@ class Contrast {
             split(packed.column_lse[j], packed.column_weight[j], own.column_maximum[j], own.column_sum[j]);
     }
 
-    // weight · exp(S − lse) = factor · 2^(S₂ − lse₂), where S₂ is S in units of log 2: the factor makes good
-    // what rounding lse₂ to T does to a whole row. Without negatives all S are −inf and any lse will do.
-    static void split(double lse, double weight, T& lse2, T& factor) {
-        const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse * LOG2E;
-        lse2 = T(exact);
-        factor = T(weight * std::exp2(double(lse2) - exact));
+    // weight · exp(S − lse) = factor · exp((S τ − rounded) / τ): S τ and `rounded` are close where it matters, so
+    // that their difference is exact, and the factor makes good what rounding lse τ to T does to a whole row.
+    // Without negatives all S are −inf and any lse will do.
+    void split(double lse, double weight, T& rounded, T& factor) const {
+        const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse / scale;
+        rounded = T(exact);
+        factor = T(weight * std::exp((double(rounded) - exact) * scale));
     }
 
-    void finish_dy(Share columns, const std::vector<Private<T>>& threads) {
+    void finish_dy(Share columns, Threads<T> threads) {
         for (int64_t j = columns.begin; j < columns.end; j++) {
             const bool has_positive = j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));

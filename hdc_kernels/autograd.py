@@ -39,8 +39,11 @@ class Value(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        differentiate = Gradient.apply if torch.is_grad_enabled() else _gradient
-        return None, *differentiate(ctx.call, upstream, *ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            return None, *Gradient.apply(ctx.call, upstream, *ctx.saved_tensors)
+        # What was made is handed out as it is, but once: two results must not share their memory.
+        fresh, ctx.handed_out = not getattr(ctx, "handed_out", False), True
+        return None, *_gradient(ctx.call, upstream, *ctx.saved_tensors, fresh=fresh)
 
 
 class TransformedValue(torch.autograd.Function):
@@ -77,8 +80,13 @@ class Gradient(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         call, again = ctx.call, torch.is_grad_enabled()
         inputs = [
-            # In a third derivative the graph goes on into these tensors, otherwise it ends here.
-            t if t is None or (again and t.requires_grad) else t.detach().requires_grad_()
+            # In a third derivative the graph goes on into these tensors, otherwise it ends here. A view keeps
+            # `grad` below from walking into whatever made them, which is the engine's to do.
+            None
+            if t is None
+            else t.view_as(t)
+            if again and t.requires_grad
+            else t.detach().requires_grad_()
             for t in ctx.saved_tensors
         ]
         first, tau, *xy = inputs
@@ -113,9 +121,9 @@ def _evaluate(
 
 
 def _gradient(
-    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor
+    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor, fresh: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, *dx, *dy) out of what `_evaluate` made."""
+    """(dτ or None, *dx, *dy) out of what `_evaluate` made, which is `fresh` if nobody has it yet."""
     xy, made = rest[: 2 * call.pairs], rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]

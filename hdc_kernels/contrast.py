@@ -20,7 +20,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Contrast(NamedTuple):
-    """`value` has gradients: Σ_k weights[k] · Σ terms_k, or without weights the terms. The rest has none.
+    """`value` has gradients: Σ_k weights[k] · Σ terms_k / divisor, or without weights the terms. The rest has none.
 
     All are flat, [T], pair after pair, but for the total, which has no dimension.
     """
@@ -34,6 +34,7 @@ def contrast(
     pairs: Sequence[Pair],
     *,
     weights: Sequence[float] | None,
+    divisor: int = 1,
     temperature: float | Tensor,
     symmetric: bool = False,
     normalize: bool = True,
@@ -43,31 +44,34 @@ def contrast(
 
     With `weights`, one per pair, the value is the weighted total and its gradients are made on the way, so
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
+    What depends on the batch size goes into `divisor`: a compiled graph then serves every batch size.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
+    compiling = torch.compiler.is_compiling()
     call = Call(
         select(backend, x, y),
-        None if weights is None else tuple(weights),
+        None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
         normalize,
         len(pairs),
     )
+    after = divisor if compiling and weights is not None else 1
     if call.backend in ("torch", "chunked"):
         value, terms, hits = call.plain(tau, x, y)
-        return Contrast(value, terms.detach(), hits)
+        return Contrast(value / after, terms.detach(), hits)
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (tau, *x, *y)
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         options = (call.temperature, symmetric, normalize, call.backend)
         if weights is not None and differentiable:
-            value, terms, hits, _ = operators.contrast_total(x, y, tau, weights, *options)
-            return Contrast(value, terms, hits)
+            value, terms, hits, _ = operators.contrast_total(x, y, tau, call.weights, *options)
+            return Contrast(value / after, terms, hits)
         terms, hits, _ = operators.contrast_terms(x, y, tau, *options)
         value = terms if weights is None else plain.total(call.problems(tau, x, y), terms)
-        return Contrast(value, terms.detach(), hits)
+        return Contrast(value / after, terms.detach(), hits)
     if differentiable:
         return Contrast(*autograd.value(call, tau, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, x, y))

@@ -108,10 +108,10 @@ def fused_hd_nce(
     steps = [len(v_o) for v_o, _ in pairs[: len(spatial)]]
     batch = pairs[0][0].shape[-2]
     weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
-    shares = [w / batch for w in weights] if reduction == "mean" else weights
     value, terms, hits = contrast(
         pairs,
-        weights=None if reduction == "none" else shares,
+        weights=None if reduction == "none" else weights,
+        divisor=batch if reduction == "mean" else 1,
         temperature=temperature,
         normalize=normalize,
         backend=backend,

@@ -1,5 +1,7 @@
 """InfoNCE: pick the key that belongs to the query out of the batch (the paper's equations 1 to 3)."""
 
+import math
+
 from torch import Tensor, nn
 
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
@@ -51,10 +53,10 @@ def fused_info_nce(
     rows = query.shape[:-1]
     if query.dim() > 3:
         query, key = query.flatten(0, -3), key.flatten(0, -3)
-    weight = 1 / rows.numel() if reduction == "mean" else 1.0
     value = contrast(
         [(query, key)],
-        weights=None if reduction == "none" else [weight],
+        weights=None if reduction == "none" else [1.0],
+        divisor=math.prod(rows) if reduction == "mean" else 1,
         temperature=temperature,
         symmetric=symmetric,
         normalize=normalize,

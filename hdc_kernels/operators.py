@@ -1,9 +1,10 @@
 """The primitive as registered operators, for `torch.compile`, `torch.export` and CUDA graph trees.
 
-`torch.ops.hdc_kernels.contrast_total`, `contrast_terms` and `contrast_gradient`: one graph, no break. Under
+`torch.ops.hdc_kernels.contrast_total`, `contrast_terms` and what their backward passes call: one graph, no break. Under
 autocast they take what they are given, as the eager path does: nothing is cast.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,10 +51,10 @@ def _(
 
 
 def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, _, ctx.tau, *_ = inputs
+    x, y, ctx.tau, *_ = inputs
     _, terms, hits, made = output
-    ctx.pairs, ctx.dtype = len(x), x[0].dtype
-    ctx.save_for_backward(*made)
+    ctx.pairs = len(x)
+    ctx.save_for_backward(*x, *y, *made)
     ctx.mark_non_differentiable(terms, hits, *made)
     ctx.set_materialize_grads(False)
 
@@ -62,11 +63,30 @@ def _total_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ..
     if upstream is None:
         nothing = [None] * ctx.pairs
         return nothing, nothing, *(None,) * 6
-    *d_xy, d_tau = scale(ctx.saved_tensors, upstream, ctx.dtype)
+    xy, made = ctx.saved_tensors[: 2 * ctx.pairs], ctx.saved_tensors[2 * ctx.pairs :]
+    *d_xy, d_tau = contrast_scale(list(made), upstream, list(xy))
     return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 5
 
 
 contrast_total.register_autograd(_total_backward, setup_context=_total_context)
+
+
+@torch.library.custom_op("hdc_kernels::contrast_scale", mutates_args=())
+def contrast_scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
+    """What `contrast_total` made, times the upstream gradient.
+
+    An operator only so that it depends on `xy` and has no derivative by it: PyTorch then raises where a second
+    derivative is asked for, which `made` alone would silently lack.
+    """
+    return scale(made, upstream, xy[0].dtype)
+
+
+@contrast_scale.register_fake
+def _(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        *(torch.empty_like(d, dtype=xy[0].dtype) for d in made[:-1]),
+        torch.empty_like(made[-1]),
+    ]
 
 
 @torch.library.custom_op("hdc_kernels::contrast_terms", mutates_args=())
@@ -97,7 +117,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     terms = _flat(x, reference.compute_dtype(x[0].dtype))
     lse = implementation(backend).LSE_DTYPE
-    return terms, _flat(x, torch.bool), terms.new_empty((1 + symmetric, len(terms)), dtype=lse)
+    return terms, _flat(x, torch.bool), terms.new_empty((1 + symmetric, terms.shape[0]), dtype=lse)
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -157,7 +177,7 @@ def _(
 
 def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[T]: one entry for each row of each x."""
-    return x[0].new_empty(sum(t.shape[:-1].numel() for t in x), dtype=dtype)
+    return x[0].new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
 
 
 def _shaped(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

@@ -59,10 +59,10 @@ def info_nce(logits: Tensor, *, symmetric: bool = False) -> Tensor:
 
 
 def top1(logits: Tensor) -> Tensor:
-    """Whether the positive beats every negative: [..., B, B] -> bool [..., B]. A tie is a miss."""
+    """Whether the positive beats every negative: [..., B, B] -> bool [..., B]. A tie is a miss, and so is NaN."""
     positive = logits.diagonal(dim1=-2, dim2=-1)
     beaten = (logits < positive.unsqueeze(-1)).sum(-1)  # no NaN counts as beaten
-    return beaten == logits.shape[-1] - 1
+    return (beaten == logits.shape[-1] - 1) & ~positive.isnan()
 
 
 def spatial_logits(

@@ -3,7 +3,7 @@
 The rule of "auto":
 
     CPU tensors      "cpu", if the C++ library was built
-    CUDA tensors     "triton", if Triton is installed, but not for float64
+    CUDA tensors     "triton", if Triton is installed and the GPU is an Ampere or newer, but not for float64
     anything else    "torch" up to PLAIN_LOGITS logits, "chunked" above
 
 `bench/results/README.md` says what was measured to arrive at it.
@@ -29,7 +29,7 @@ def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor]) -> str:
     if backend == "auto":
         if device == "cpu" and _has_library():
             return "cpu"
-        if device == "cuda" and dtype != torch.float64 and _has_triton():
+        if device == "cuda" and dtype != torch.float64 and _has_triton() and _is_ampere(x[0]):
             return "triton"
         logits = sum(a.numel() // a.shape[-1] * b.shape[-2] for a, b in zip(x, y, strict=True))
         return "torch" if logits <= PLAIN_LOGITS else "chunked"
@@ -57,7 +57,7 @@ def implementation(name: str) -> Implementation:
     return cast(Implementation, importlib.import_module(f"hdc_kernels.backends.{name}"))
 
 
-# For the compiler these three are constants: it cannot look into ctypes and imports.
+# For the compiler these are constants: it cannot look into ctypes and imports.
 @torch.compiler.assume_constant_result
 def _has_library() -> bool:
     from hdc_kernels.backends import cpu
@@ -76,8 +76,14 @@ def _find_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def _is_ampere(tensor: Tensor) -> bool:
+    """An NVIDIA GPU with the matrix instructions that the kernels are checked for, or a newer one."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Triton's interpreter runs kernels on CPU tensors, slowly, for tests."""
-    import triton
+    from hdc_kernels.backends.triton.arithmetic import INTERPRET
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(INTERPRET.value)

@@ -1,5 +1,6 @@
 """Real video files whose frames carry their number, and manifests of them."""
 
+import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Run Triton kernels in its interpreter; it must know before anything imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hdc.data.manifest import Manifest
 

@@ -62,7 +62,9 @@ def test_no_report(program: Path, name: str) -> None:
         pytest.skip(f"this CPU has no {name}")
     for leaks in "10":
         environment = {**os.environ, "HDC_INSTRUCTION_SET": name, "ASAN_OPTIONS": OPTIONS + leaks}
-        done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [program], env=environment, capture_output=True, text=True, timeout=120
+        )
         if "LeakSanitizer has encountered a fatal error" not in done.stderr:
             break
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr

@@ -1,11 +1,10 @@
 """The Triton backend against float64 and against plain PyTorch of the same dtype.
 
-On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton
-is imported; with one, the same tests run on it.
+On a machine without a GPU the kernels run in Triton's interpreter (see `conftest`); with one, the same
+tests run on it.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import pytest
@@ -18,16 +17,12 @@ from hdc_kernels.backends import Problems
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 triton_backend = pytest.importorskip("hdc_kernels.backends.triton", exc_type=ModuleNotFoundError)
-assert GPU or triton_backend.INTERPRET.value, "Triton was imported before TRITON_INTERPRET was set"
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of log(0)
 
 HALVES = torch.bfloat16, torch.float16
 MODES = ("float32", "general"), ("bfloat16", "general"), ("float16", "small"), ("bfloat16", "small")
-modes = pytest.mark.parametrize(("dtype", "path"), MODES)
 
 
 class Result(NamedTuple):
@@ -126,7 +121,7 @@ def ours(problems: Problems, upstream: Tensor | None = None) -> Result:
         terms = triton_backend.forward(problems)
         gradients = triton_backend.backward(problems, terms.lse, upstream)
     for gradient, x in zip((*gradients.x, *gradients.y), (*problems.x, *problems.y), strict=True):
-        assert gradient.dtype == x.dtype
+        assert gradient.dtype == (torch.float32 if upstream is None else x.dtype)
         assert gradient.shape == x.shape
     return Result(terms.loss, terms.total, *gradients)
 
@@ -148,20 +143,24 @@ def errors(actual: Result, expected: Result) -> dict[str, float]:
     return found
 
 
-def check(problems: Problems, upstream: Tensor | None = None, bound: float | None = None) -> None:
-    """At most twice plain PyTorch's error, and at most `bound`.
+def check(
+    problems: Problems,
+    upstream: Tensor | None = None,
+    *,
+    bound: float | None = None,
+) -> None:
+    """At most twice plain PyTorch's error, at most `bound`.
 
-    Where plain PyTorch happens to be all but exact, eight roundings of the result are allowed.
+    Two roundings are allowed besides: of a result, and of cosine/τ before a shift of up to 1/τ is subtracted.
+    On a GPU the latter is one fused multiply-add, which the interpreter rounds twice.
     """
     expected = exact(problems, upstream)
     result = ours(problems, upstream)
     found, allowed = errors(result, expected), errors(plain(problems, upstream), expected)
     unit = torch.finfo(problems.x[0].dtype).eps
+    slack = unit + 2.0**-25 / float(problems.temperature)
     for name, value in found.items():
-        limit = 2 * allowed[name] + (unit if name[0] in "xy" else 8 * 2.0**-23)
-        if name == "temperature" or name == "loss":
-            limit = max(limit, unit)
-        assert value <= limit, (name, value, allowed[name])
+        assert value <= 2 * allowed[name] + slack, (name, value, allowed[name])
         if bound is not None and name[0] in "xy":
             assert value <= bound, (name, value)
     if upstream is None:
@@ -172,7 +171,6 @@ SHAPES = {
     "tails": [(2, 19, 23, 17)],
     "square": [(1, 37, 37, 24)],
     "pairs": [(3, 20, 20, 24), (1, 20, 20, 24), (2, 33, 33, 7)],
-    "one dimension": [(1, 18, 21, 1)],
     "blocks": [(1, 70, 100, 33)],
 }
 
@@ -202,10 +200,11 @@ def test_agrees_beyond_one_block(path, dtype, shape, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dimensions", [1, 20])
 @pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
-def test_agrees_without_normalising(dtype, path, symmetric):
+def test_agrees_without_normalising(dtype, path, dimensions, symmetric):
     problems = make(
-        [(2, 21, 21, 20)],
+        [(2, 21, 21, dimensions)],
         getattr(torch, dtype),
         normalize=False,
         symmetric=symmetric,
@@ -252,7 +251,7 @@ def test_temperature_in_a_tensor_of_any_dtype(path, kind):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("temperature", [0.0124, 0.0135, 0.02])
+@pytest.mark.parametrize("temperature", [0.005, 0.0124, 0.0135, 0.02])
 def test_negatives_may_be_as_far_as_can_be(path, temperature, learned):
     """Row 0 has every negative at −1/τ, the others one at 1/τ: no fixed shift may lose either."""
     x = torch.zeros(1, 20, 4, device=DEVICE)
@@ -261,7 +260,9 @@ def test_negatives_may_be_as_far_as_can_be(path, temperature, learned):
     y[:, 0] = x[:, 0]
     value = torch.tensor(temperature, device=DEVICE) if learned else temperature
     problems = Problems((x,), (y.clone(),), (1.0,), value, True, True)
-    assert error(triton_backend.forward(problems).loss, exact(problems).loss) < 1e-6
+    found = ours(problems)
+    assert error(found.loss, exact(problems).loss) < 1e-6
+    assert found.x[0].isfinite().all()  # padding, at a logit of 0, is far above such a logsumexp
 
 
 def test_the_fixed_shift_neither_overflows_nor_vanishes():
@@ -395,10 +396,22 @@ def test_small_weights_do_not_underflow(dtype, path, symmetric):
     problems = problems._replace(
         x=(problems.x[0] * 1e-3,), y=(problems.y[0] * 1e-3,), weights=(1e-6,)
     )
-    found, expected = errors(ours(problems), exact(problems)), None
-    assert expected is None
+    found = errors(ours(problems), exact(problems))
     assert found["x0"] < 2e-3
     assert found["y0"] < 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_probabilities_do_not_underflow(dtype, path, symmetric):
+    """One negative equals each query and pulls nowhere; what is left has P = 4e-6 in every direction."""
+    e = torch.eye(16, device=DEVICE, dtype=getattr(torch, dtype))
+    x, y = torch.cat([e[:8], e[:8]])[None], torch.cat([e[:8], e[:8], e[8:]])[None]
+    problems = Problems((x,), (y[:, :16] if symmetric else y,), (1.0,), 0.08, True, symmetric)
+    found, expected = ours(problems), exact(problems)
+    bound = 2 * torch.finfo(e.dtype).eps + 2e-6  # the latter from exponents of 18
+    assert error(found.x[0], expected.x[0]) < bound
+    assert error(found.y[0], expected.y[0]) < bound
 
 
 @pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
@@ -414,6 +427,7 @@ def test_same_bits_every_time(dtype, path, symmetric):
 
 
 def test_the_path_follows_from_the_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     taken = []
     for name in ("small", "general"):
         module = getattr(triton_backend, name)
@@ -425,7 +439,7 @@ def test_the_path_follows_from_the_size(monkeypatch):
     for shape, dtype in (((1, 128, 128, 128), HALVES[0]), ((1, 4, 129, 8), HALVES[1])):
         triton_backend.forward(make([shape], dtype))
     triton_backend.forward(make([(1, 4, 4, 8)], torch.float32))
-    assert taken == ["small", "general", "general"] or (GPU and taken[1:] == ["general"] * 2)
+    assert taken == ["small", "general", "general"]
 
 
 def test_float64_is_refused():

@@ -32,6 +32,7 @@ TARGETS = {
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -56,7 +57,7 @@ def record(problems: Problems, module: Any) -> list[Any]:
         if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
             setattr(module, name, Recorder(value, launches))
     rows = memory.empty_rows(problems)
-    dx, dy = memory.empty_gradients(problems.x), memory.empty_gradients(problems.y)
+    dx, dy = (memory.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     module.contrast(problems, rows, None, dx, dy)
     for name, value in list(vars(module).items()):
         if isinstance(value, Recorder):
@@ -128,9 +129,11 @@ def main() -> None:
     for case in sys.argv[1:]:
         target, dtype, precision, rows, dimensions, symmetric = case.split(":")
         torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-        shape = (2, int(rows), int(dimensions))
-        x = torch.empty(shape, dtype=getattr(torch, dtype))
-        problems = Problems((x, x), (x, x), (1.0, 1.0), 0.07, True, symmetric == "symmetric")
+        # One problem is a launch of its own kind: Triton makes every 1 among the arguments a constant.
+        count = 2 if symmetric == "symmetric" else 1
+        shape = (count, int(rows), int(dimensions))
+        x = (torch.empty(shape, dtype=getattr(torch, dtype)),) * count
+        problems = Problems(x, x, (1.0,) * count, 0.07, True, symmetric == "symmetric")
         module = small if small.fits(problems, CAPABILITIES[target]) else general
         for kernel, args, options in record(problems, module):
             compiled_source, flags = source(kernel, args, options)

@@ -41,8 +41,8 @@ class Terms(NamedTuple):
     total: Σ_k weights[k] · Σ terms of pair k, without a dimension.
     loss: [T], log(1 + exp(lse_i − s_ii)); `symmetric` gives its mean with the same of column i.
     hits: [T] bool, whether the positive's logit is above every negative's (a tie is a miss).
-    lse: [1, T] of dtype LSE_DTYPE, the logsumexp of row i's negatives, without the positive (−inf where there are none);
-        `symmetric` gives [2, T], with that of the columns below.
+    lse: [1, T] of dtype LSE_DTYPE, the logsumexp of row i's negatives, without the positive (−inf where
+        there are none); `symmetric` gives [2, T], with that of the columns below.
     """
 
     total: Tensor

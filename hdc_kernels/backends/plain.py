@@ -42,11 +42,11 @@ def _whole(x: Tensor, y: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
 def _in_chunks(x: Tensor, y: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
     rows = max(1, CHUNK // (y.shape[0] * y.shape[1]))
     parts = []
-    columns = None
+    columns = x.new_full(y.shape[:2], -torch.inf, dtype=reference.compute_dtype(x.dtype))
     for first, chunk in zip(range(0, x.shape[1], rows), x.split(rows, 1), strict=True):
         part = checkpoint(_chunk, chunk, y, first, problems, use_reentrant=False)
         parts.append(part)
-        columns = part[3] if columns is None else torch.logaddexp(columns, part[3])
+        columns = torch.logaddexp(columns, part[3])
     lse, positive, hits = (torch.cat([part[k] for part in parts], 1) for k in range(3))
     loss = lse - positive
     if problems.symmetric:
@@ -60,5 +60,6 @@ def _chunk(
     """Rows' logsumexp, positive logit and hit [G, rows]; columns' logsumexp over these rows [G, N]."""
     logits = reference.cosine_logits(x, y, problems.temperature, normalize=problems.normalize)
     positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
-    hits = (logits < positive.unsqueeze(-1)).sum(-1) == y.shape[1] - 1
+    beaten = (logits < positive.unsqueeze(-1)).sum(-1)
+    hits = (beaten == y.shape[1] - 1) & ~positive.isnan()
     return logits.logsumexp(-1), positive, hits, logits.logsumexp(-2)

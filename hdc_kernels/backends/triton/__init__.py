@@ -13,7 +13,9 @@ from torch import Tensor
 from hdc_kernels.backends import Gradients, Problems, Terms
 from hdc_kernels.backends.triton import general, small
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
-from hdc_kernels.backends.triton.memory import Rows, empty_gradients, empty_rows
+from hdc_kernels.backends.triton.memory import LSE_DTYPE, Rows, empty_gradients, empty_rows
+
+__all__ = ["LSE_DTYPE", "backward", "forward", "step"]
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -36,10 +38,10 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
 
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
-    """Terms, and the gradients of their total."""
+    """Terms, and the gradients of their total, in float32."""
     problems = _readable(problems)
     rows = empty_rows(problems)
-    dx, dy = empty_gradients(problems.x), empty_gradients(problems.y)
+    dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
     total, d_temperature = _launch(problems, rows, None, dx, dy)
     return Terms(total, *rows), Gradients(dx, dy, d_temperature)
 

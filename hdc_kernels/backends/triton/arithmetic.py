@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """What several kernels compute alike: unit vectors, matrix products, roundings and logarithms.
 
 Logits are kept as cosines (or dot products) and meet the temperature only inside an exponent, in base
@@ -10,10 +13,11 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from hdc_kernels import reference
 
-# Triton's interpreter (TRITON_INTERPRET=1) multiplies the raw bits of bfloat16 and truncates when it
-# converts to it; both are mended where this is set.
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+# Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported) multiplies the raw bits of bfloat16
+# and truncates when it converts to it; both are mended where this is set.
+INTERPRET = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
 
+EXACT = tl.constexpr("ieee")  # how products are taken where nothing else is said
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 ZERO_NORM = tl.constexpr(reference.ZERO_NORM)
@@ -61,7 +65,7 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, a, b, PRECISION: tl.constexpr = "ieee"):
+def add_product(total, a, b, PRECISION: tl.constexpr = EXACT):
     """total [R, C] float32 plus a [R, K] times b [K, C]."""
     if INTERPRET and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -69,7 +73,7 @@ def add_product(total, a, b, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr = "ieee"):
+def product(a, b, PRECISION: tl.constexpr = EXACT):
     """a [R, K] times b [K, C], accumulated in float32."""
     return add_product(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b, PRECISION)
 

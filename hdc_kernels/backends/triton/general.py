@@ -17,7 +17,12 @@ from hdc_kernels.backends import Problems
 from hdc_kernels.backends.triton import tiles
 from hdc_kernels.backends.triton.arithmetic import LOG2_E
 from hdc_kernels.backends.triton.gradient import gradient_kernel, weights_kernel
-from hdc_kernels.backends.triton.logsumexp import fixed_shift, logsumexp_kernel, terms_kernel
+from hdc_kernels.backends.triton.logsumexp import (
+    ONE_PASS,
+    fixed_shift,
+    logsumexp_kernel,
+    terms_kernel,
+)
 from hdc_kernels.backends.triton.memory import Rows, precision, strides
 from hdc_kernels.backends.triton.pack import pack_kernel
 from hdc_kernels.backends.triton.unpack import unpack_kernel
@@ -64,7 +69,7 @@ def pack(problems: Problems) -> Units:
     depth = tiles.padded_dimensions(D)
     x_units = x.new_empty(G, _padded(M), depth)
     y_units = x.new_empty(G, _padded(N), depth)
-    positive = torch.empty(G, M, dtype=torch.float32, device=x.device)
+    positive = _float32(x, G, M)
     block_d = triton.next_power_of_2(depth)
     rows = max(1, ELEMENTS // block_d)
     pack_kernel[(G * triton.cdiv(y_units.shape[1], rows),)](
@@ -91,6 +96,11 @@ def pack(problems: Problems) -> Units:
     return Units(x_units, y_units, positive, M, N, D)
 
 
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    """Room beside `like`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def _firsts(problems: Problems) -> tuple[int, ...]:
     """Each pair's first problem."""
     firsts = [0]
@@ -115,10 +125,9 @@ def _sums(
     tile = tiles.fitted(tiles.forward_tiles(depth, own.dtype), own_count, other_count)
     blocks = triton.cdiv(own_count, tile.own)
     splits = tiles.splits(blocks * G, triton.cdiv(other_count, tile.other), own.device)
-    new = {"dtype": torch.float32, "device": own.device}
-    highest, total = torch.empty(2, splits, G, own_padded, **new)
-    diagonal = torch.empty(G, own_padded, **new)
-    column_total = torch.empty(blocks, G, other_padded, **new) if columns else total
+    highest, total = _float32(own, 2, splits, G, own_padded)
+    diagonal = _float32(own, G, own_padded)
+    column_total = _float32(own, blocks, G, other_padded) if columns else total
     logsumexp_kernel[(blocks * splits * G,)](
         own,
         other,
@@ -153,17 +162,19 @@ def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
     """Fill in the terms of pairs of one shape; parts of their weighted sum."""
     shift = fixed_shift(problems, units.N)
     running = shift is None
+    few = triton.cdiv(units.M, ROWS) <= ONE_PASS
+    one_pass = problems.symmetric and not running and few
     highest, total, diagonal, column_total = _sums(
-        problems, units.x, units.y, units.M, units.N, problems.symmetric and not running
+        problems, units.x, units.y, units.M, units.N, one_pass
     )
     column_highest = highest
-    if problems.symmetric and running:
+    if problems.symmetric and not one_pass:
         column_highest, column_total, _, _ = _sums(
             problems, units.y, units.x, units.N, units.M, False
         )
     G = units.x.shape[0]
     programs = G * triton.cdiv(units.M, ROWS)
-    weighted = torch.empty(programs, dtype=torch.float32, device=units.x.device)
+    weighted = _float32(units.x, programs)
     terms_kernel[(programs,)](
         highest,
         total,
@@ -206,14 +217,14 @@ def _negatives(
 ) -> Tensor:
     """Launch `gradient_kernel`: the negatives' part of the gradient, [splits, G, padded, D padded].
 
-    A term is the weight and the shift of its vectors, [G, padded] each.
+    A term is the share and the shift of its vectors, [G, padded] each.
     """
     G, own_padded, depth = own.shape
     tile = tiles.fitted(tiles.gradient_tiles(depth, own.dtype), own_count, other_count)
     blocks = triton.cdiv(own_count, tile.own)
     parts = depth // tile.width
     splits = tiles.splits(blocks * parts * G, triton.cdiv(other_count, tile.other), own.device)
-    gradient = own.new_empty(splits, G, own_padded, depth, dtype=torch.float32)
+    gradient = _float32(own, splits, G, own_padded, depth)
     unused = (largest, largest)
     gradient_kernel[(blocks * parts * splits * G,)](
         own,
@@ -257,9 +268,8 @@ def _gradients(
     """Fill in the gradients of pairs of one shape; parts of the temperature's."""
     x, y, positive, M, N, D = units
     G, padded, depth = x.shape
-    new = {"dtype": torch.float32, "device": x.device}
-    weight, shift = torch.empty(2, 1 + problems.symmetric, G, padded, **new)
-    largest = torch.empty(G, triton.cdiv(padded, ROWS), **new)
+    weight, share, shift = _float32(x, 3, 1 + problems.symmetric, G, padded)
+    largest = _float32(x, G, triton.cdiv(padded, ROWS))
     weights_kernel[(largest.numel(),)](
         positive,
         lse[0],
@@ -268,6 +278,7 @@ def _gradients(
         _firsts(problems),
         positive if upstream is None else upstream,
         weight,
+        share,
         shift,
         largest,
         M,
@@ -277,15 +288,15 @@ def _gradients(
         SYMMETRIC=problems.symmetric,
         ROWS=ROWS,
     )
-    of_rows = weight[0], shift[0]
-    of_columns = (weight[1], shift[1]) if problems.symmetric else None
+    of_rows = share[0], shift[0]
+    of_columns = (share[1], shift[1]) if problems.symmetric else None
     dx_units = _negatives(problems, x, y, M, N, of_rows, of_columns, largest)
     dy_units = _negatives(problems, y, x, N, M, of_columns, of_rows, largest)
 
     block_d = triton.next_power_of_2(depth)
     rows = max(1, ELEMENTS // block_d)
     programs = G * triton.cdiv(N, rows)
-    d_temperature = torch.empty(programs, **new)
+    d_temperature = _float32(x, programs)
     unpack_kernel[(programs,)](
         problems.x,
         problems.y,

@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """Gradients by the unit vectors, row-owned for x and column-owned for y: 4 products, no atomics.
 
 With P_ij = exp(S_ij − lse_i) off the diagonal and the row weight w_i = upstream_i · p_i, where p_i is
@@ -46,12 +49,13 @@ from hdc_kernels.backends.triton.logsumexp import similarity
 @triton.jit
 def weights_kernel(
     positive,  # [G, M]
-    lse,  # [G, M]
+    lse,  # [G, M] float64
     column_lse,
     weights,  # K numbers
     firsts,  # K first problems
     upstream,  # [G, M], with PER_ROW
     weight,  # [1 or 2, G, PADDED]: w, and v below; 0 in padding
+    share,  # [1 or 2, G, PADDED]: what the exponentials after `shift` are multiplied with
     shift,  # [1 or 2, G, PADDED]: log2 of the sums; +∞ in padding, where every exponential is then 0
     largest,  # [G, blocks]: the largest weight of every block
     M,
@@ -74,18 +78,28 @@ def weights_kernel(
         u *= 0.5
     s = tl.load(positive + flat, mask, 0.0)
     row_lse = tl.load(lse + flat, mask, float("-inf"))
-    w = u * sigmoid(row_lse - s)
+    w = u * sigmoid((row_lse - s).to(tl.float32))
     top = tl.max(tl.abs(w), 0)
     tl.store(weight + padded, w, row < PADDED)
-    tl.store(shift + padded, finite_shift(row_lse * LOG2_E), row < PADDED)
+    _store_share(share + padded, shift + padded, w, row_lse, row < PADDED)
     if SYMMETRIC:
         down = tl.load(column_lse + flat, mask, float("-inf"))
-        v = u * sigmoid(down - s)
+        v = u * sigmoid((down - s).to(tl.float32))
         top = tl.maximum(top, tl.max(tl.abs(v), 0))
-        padded += G.to(tl.int64) * PADDED
+        padded += tl.cast(G, tl.int64) * PADDED
         tl.store(weight + padded, v, row < PADDED)
-        tl.store(shift + padded, finite_shift(down * LOG2_E), row < PADDED)
+        _store_share(share + padded, shift + padded, v, down, row < PADDED)
     tl.store(largest + tl.program_id(0), top)
+
+
+@triton.jit
+def _store_share(share, shift, weight, lse, mask):
+    """A shift in float32, and the weight that makes good what rounding it does to the exponentials."""
+    exact = finite_shift(lse * LOG2_E)
+    rounded = exact.to(tl.float32)
+    error = tl.where(exact == float("inf"), 0.0, rounded - exact)  # in float64
+    tl.store(share, weight * tl.exp2(error.to(tl.float32)), mask)
+    tl.store(shift, rounded, mask)
 
 
 @triton.jit

@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """Row sums of exponentials without the matrix of logits: one product and one exponential a logit.
 
 `logsumexp_kernel`: a program owns OWN rows, keeps their unit vectors on the chip, and walks over blocks
@@ -12,7 +15,11 @@ embeddings that are not normalised) a running maximum is kept, and the columns t
 
 Floor at N = 65,536, D = 128 in bf16 on an H100: 1.1e12 flop take 1.11 ms, and so do the exponentials,
 beside each other if they overlap. Memory: 2·N·D elements from L2 for every OWN rows; 4·N²/OWN bytes of
-column sums when symmetric, 134 MB and 0.1 ms there.
+column sums when symmetric, 134 MB and 0.1 ms there. Beyond ONE_PASS blocks of rows, where these would
+outgrow everything else, the columns take a pass of their own.
+
+Logsumexps are kept in float64: at a small temperature they are large, and rounding one to float32 would
+change a whole row of probabilities. That is a few operations for each row.
 
 No GPU has run this yet; the tiles are chosen by registers and shared memory, not by time.
 """
@@ -36,10 +43,10 @@ from hdc_kernels.backends.triton.arithmetic import (
     add_exponentials,
     add_product,
     inverse_temperature,
-    log_total,
     softplus,
 )
 
+ONE_PASS = 512  # blocks of rows whose column sums are kept apart
 LARGEST = 87.0  # exp(88.7) overflows in float32, exp(−87.3) is its smallest normal number
 
 
@@ -178,7 +185,7 @@ def logsumexp_kernel(
 
 @triton.jit
 def _merge(highest, total, parts, stride, mask, k, shift, RUNNING: tl.constexpr):
-    """log2 Σ exp of a row from its parts, and the largest of their cosines; pointers to [R]."""
+    """log2 Σ exp of a row from its parts, in float64, and the largest of their cosines; pointers to [R]."""
     top = tl.full(mask.shape, float("-inf"), tl.float32)
     sums = tl.zeros(mask.shape, tl.float32)
     for _ in range(parts):
@@ -195,9 +202,8 @@ def _merge(highest, total, parts, stride, mask, k, shift, RUNNING: tl.constexpr)
         highest += stride
         total += stride
     if RUNNING:
-        return log_total(top, sums, k), top
-    else:  # noqa: RET505 - Triton compiles whatever follows an if
-        return shift + tl.log2(sums), top
+        shift = tl.where(top == float("-inf"), 0.0, top).to(tl.float64) * k
+    return shift + tl.log2(sums.to(tl.float64)), top
 
 
 @triton.jit
@@ -226,7 +232,7 @@ def terms_kernel(
     shift,
     loss,  # [G, M]
     hits,
-    lse,
+    lse,  # float64
     column_lse,
     weighted,  # [programs]: parts of Σ weight · loss
     M,
@@ -246,15 +252,15 @@ def terms_kernel(
     mask = row < M
     k = inverse_temperature(temperature, LEARNED) * LOG2_E
     padded = problem * PADDED + row
-    stride = G.to(tl.int64) * PADDED
+    stride = tl.cast(G, tl.int64) * PADDED
     row_lse, top = _merge(highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING)
     row_lse *= LN_2
     flat = problem * M + row
     s = tl.load(positive + flat, mask, 0.0)
-    term = softplus(row_lse - s)
+    term = softplus((row_lse - s).to(tl.float32))
     if SYMMETRIC:
         offset = problem * COLUMN_PADDED + row
-        stride = G.to(tl.int64) * COLUMN_PADDED
+        stride = tl.cast(G, tl.int64) * COLUMN_PADDED
         if RUNNING:
             down, _ = _merge(
                 column_highest + offset,
@@ -267,9 +273,10 @@ def terms_kernel(
                 RUNNING,
             )
         else:
-            down = shift + tl.log2(_column_sum(column_total, column_parts, stride, offset, mask))
+            down = _column_sum(column_total, column_parts, stride, offset, mask)
+            down = shift + tl.log2(down.to(tl.float64))
         down *= LN_2
-        term = (term + softplus(down - s)) / 2
+        term = (term + softplus((down - s).to(tl.float32))) / 2
         tl.store(column_lse + flat, down, mask)
     tl.store(loss + flat, term, mask)
     tl.store(lse + flat, row_lse, mask)

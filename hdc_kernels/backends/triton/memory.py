@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hdc_kernels.backends import Problems
 
+LSE_DTYPE = torch.float64  # see `logsumexp`
+
 
 class Rows(NamedTuple):
     """What is kept of every row; `Terms` without their total."""
@@ -23,13 +25,15 @@ def empty_rows(problems: Problems) -> Rows:
     return Rows(
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.bool, device=device),
-        torch.empty(1 + problems.symmetric, rows, dtype=torch.float32, device=device),
+        torch.empty(1 + problems.symmetric, rows, dtype=LSE_DTYPE, device=device),
     )
 
 
-def empty_gradients(embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Room for the gradients, laid out as the embeddings are."""
-    return tuple(torch.empty_like(embedding) for embedding in embeddings)
+def empty_gradients(
+    embeddings: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Room for the gradients, laid out as the embeddings are and of their dtype if none is given."""
+    return tuple(torch.empty_like(embedding, dtype=dtype) for embedding in embeddings)
 
 
 def strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:

@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """Normalise once: raw embeddings of any strides become unit vectors in padded, contiguous memory.
 
 Every later kernel reads them many times, without a mask, in whole vectors: rows are padded with zeros

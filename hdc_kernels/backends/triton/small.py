@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """Everything in one launch: one program takes one problem from raw embeddings to loss and gradients.
 
 For half precision and at most 128 rows, columns and dimensions (`fits` says exactly which). The paper's
@@ -139,6 +142,7 @@ def contrast_kernel(
             u = tl.where(row < M, weight, 0.0)
         else:
             u = tl.load(upstream + flat, row < M, 0.0)
+        gradient_dtype: tl.constexpr = dx[0].dtype.element_ty
         GAIN: tl.constexpr = gain(dtype)
         row_weight = u * sigmoid(row_gap)
         column_weight = tl.zeros((ROWS,), tl.float32)
@@ -179,7 +183,7 @@ def contrast_kernel(
             dkey = (dkey - query * _turn(diagonal, pull)[:, None]) * scale
             dkey, _dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
             dkey_rows = rows_of_pair(dy, dy_strides, firsts, problem, column, BLOCK_D)
-            tl.store(dkey_rows, narrow(dkey, dtype), key_mask)
+            tl.store(dkey_rows, narrow(dkey, gradient_dtype), key_mask)
 
         if SYMMETRIC:
             dx_unit *= largest / GAIN
@@ -192,7 +196,7 @@ def contrast_kernel(
         gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
         tl.store(
             rows_of_pair(dx, dx_strides, firsts, problem, row, BLOCK_D),
-            narrow(gradient, dtype),
+            narrow(gradient, gradient_dtype),
             mask,
         )
         tl.store(sums + tl.num_programs(0) + problem, -scale * tl.sum(along, 0))

@@ -60,10 +60,11 @@ def fits_one_program(
     """Whether a problem of so many columns can be taken by the one program of `small`.
 
     Its registers must hold a product [rows, dimensions] beside the operands of the next; Hopper reads
-    those from shared memory. Float32 operands, twice as large, spill at every useful size.
+    those from shared memory. Float32 operands, twice as large, spill at every useful size, and for
+    Blackwell Triton 3.7 does not compile the kernel.
     """
     block, depth = block_size(rows), block_size(dimensions)
-    capacity = 128 * 128 if capability >= (9, 0) else 64 * 64
+    capacity = {8: 64 * 64, 9: 128 * 128}.get(capability[0], 0)
     return dtype != torch.float32 and max(block, depth) <= 128 and block * depth <= capacity
 
 

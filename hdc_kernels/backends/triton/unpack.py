@@ -1,3 +1,6 @@
+# Triton types its kernels itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 """From gradients by unit vectors to gradients by embeddings: the positives' part, 1/τ, the norms.
 
 Of the negatives' part dx̂' of every row (its parts over a split are added here) and its weight w,
@@ -73,11 +76,11 @@ def unpack_kernel(
     x_total = -pull[:, None] * y_unit
     for _ in range(x_splits):
         x_total += tl.load(x_gradient + x_packed, x_mask, 0.0)
-        x_packed += G.to(tl.int64) * M_PADDED * D_PADDED
+        x_packed += tl.cast(G, tl.int64) * M_PADDED * D_PADDED
     y_total = -pull[:, None] * x_unit
     for _ in range(y_splits):
         y_total += tl.load(y_gradient + y_packed, y_mask, 0.0)
-        y_packed += G.to(tl.int64) * N_PADDED * D_PADDED
+        y_packed += tl.cast(G, tl.int64) * N_PADDED * D_PADDED
     x_result, along = unit_rows_backward(x_unit, x_inverse, x_total * scale, NORMALIZE)
     y_result, _ = unit_rows_backward(y_unit, y_inverse, y_total * scale, NORMALIZE)
     dtype: tl.constexpr = dx[0].dtype.element_ty

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell: tests, sanitizers, benchmarks.
+#
+#     bench/gpu_check.sh OUT [WHEELS [STAGE...]]
+#
+# Needs a GPU, torch for it, and no network: OUT gets logs and summary.json; WHEELS is a folder of other packages
+# to compare with, or "". Every stage runs whatever became of the ones before, or only those named, where time is
+# short; the exit code is 0 if all passed.
+set -uo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "usage: $0 OUT [WHEELS [STAGE...]]" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+wheels=
+if [ -n "${2:-}" ]; then
+    wheels=$(cd "$2" && pwd) || exit 2
+fi
+wanted=" ${*:3} "
+cd "$(dirname "$0")/.." || exit 2
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "no GPU: $python has no torch that finds one" >&2
+    exit 1
+fi
+
+record=$out/stages.tsv
+: >"$record"
+
+# asked NAME: whether to run a stage.
+asked() {
+    [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]]
+}
+
+# stage NAME SECONDS COMMAND...: run it, log to OUT/NAME.log, and note "pass", "fail" or "out of time".
+stage() {
+    local name=$1 limit=$2 began=$SECONDS code state
+    shift 2
+    echo "== $name"
+    timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1
+    code=$?
+    case $code in
+    0) state=pass ;;
+    124 | 137) state="out of time" ;;
+    *) state=fail ;;
+    esac
+    [ "$state" = pass ] || tail -n 15 "$out/$name.log"
+    printf '%s\t%s\t%s\n' "$name" "$state" $((SECONDS - began)) >>"$record"
+    [ "$state" = pass ]
+}
+
+# missing NAME WHAT: note a stage that cannot run.
+missing() {
+    echo "== $1: $2 is missing"
+    printf '%s\tmissing: %s\t0\n' "$1" "$2" >>"$record"
+}
+
+# Installed into a folder of its own, which works with any Python and leaves it as it is. --no-deps: of what the
+# package needs beyond torch, kernels and benchmarks use little.
+installed=$(mktemp -d)
+trap 'rm -rf "$installed"' EXIT
+install=("$python" -m pip install --no-index --no-deps --target "$installed")
+sources=$PWD
+if stage build 300 "${install[@]}" --no-build-isolation .; then
+    export PYTHONPATH=$installed
+else
+    export PYTHONPATH=$sources # what needs no compiler can still be checked
+fi
+if [ -n "$wheels" ]; then
+    stage peers 120 "${install[@]}" "$wheels"/*.whl
+    export PYTHONPATH=$PYTHONPATH:$installed
+fi
+
+# -P: the installed package, not the sources beside it. conftest.py serves the video tests, and needs PyAV.
+tests=("$python" -P -m pytest)
+"$python" -c 'import av' 2>/dev/null || tests+=(--noconftest)
+mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
+if asked tests-gpu && [ ${#marked[@]} -gt 0 ]; then
+    stage tests-gpu 600 "${tests[@]}" -m gpu "${marked[@]}"
+fi
+asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py
+
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+# Compiles the kernels; if it fails, so will the next three.
+asked paths && stage paths 600 "$python" bench/sanitize_gpu.py
+for tool in memcheck racecheck initcheck; do
+    asked "$tool" || continue
+    if [ -n "$sanitizer" ]; then
+        stage "$tool" 600 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" bench/sanitize_gpu.py
+    else
+        missing "$tool" compute-sanitizer
+    fi
+done
+
+compare=("$python" bench/compare.py --device cuda --seconds 1 --limit 10)
+asked bench-bf16 && stage bench-bf16 900 "${compare[@]}" --symmetric --out "$out/bench-bf16.json"
+asked bench-float32 && stage bench-float32 900 "${compare[@]}" --dtype float32 --sizes 128 2048 8192 32768 \
+    --out "$out/bench-float32.json"
+
+"$python" - "$record" "$out" <<'EOF'
+import json
+import sys
+from pathlib import Path
+
+record, out = map(Path, sys.argv[1:])
+stages = {}
+for line in record.read_text().splitlines():
+    name, state, seconds = line.split("\t")
+    stages[name] = {"state": state, "seconds": int(seconds)}
+    print(f"{name:16} {state:32} {seconds:>5} s")
+summary = {"stages": stages}
+for dtype in ("bf16", "float32"):
+    path = out / f"bench-{dtype}.json"
+    summary[f"bench-{dtype}"] = json.loads(path.read_text()) if path.exists() else None
+(out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+EOF
+if cut -f 2 "$record" | grep -qv '^pass$'; then
+    echo "not everything passed: see $out"
+    exit 1
+fi
+echo "all passed: $out/summary.json"

@@ -1,0 +1,113 @@
+"""Runs every path of the Triton kernels once, on small shapes: something for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck python bench/sanitize_gpu.py
+
+Shapes straddle the blocks, so that every mask has something to hide; loss and gradients are checked, too.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+# Every tensor in an allocation of its own: in a shared one, reading past the end would go unnoticed.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+from measure import relative_error
+from torch import Tensor
+
+from hdc_kernels import fused_hd_nce, fused_info_nce
+from hdc_kernels.checks import Reduction
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = (
+    (1, 1, 8),
+    (3, 33, 24),  # one program a problem
+    (17, 128, 128),
+    (1, 257, 100),  # several
+    (2, 300, 256),
+    (1, 140, 300),  # dimensions in chunks
+)
+# temperature, symmetric, reduction, normalize, whether the temperature is a tensor
+OPTIONS: tuple[tuple[float, bool, Reduction, bool, bool], ...] = (
+    (0.07, False, "mean", True, False),
+    (0.07, True, "none", True, True),
+    (0.005, True, "mean", True, False),  # too small for a fixed shift
+    (0.07, False, "none", False, True),
+)
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Of a sum, so that "none" has them as well."""
+    return [g.double() for g in torch.autograd.grad(loss.sum(), inputs)]
+
+
+def check_info_nce(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Every line of `OPTIONS` for one shape; returns how many there were."""
+    for tau, symmetric, reduction, normalize, learned in OPTIONS:
+        query, key = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+        if not normalize:  # logits of moderate size
+            query, key = query / shape[-1] ** 0.5, key / shape[-1] ** 0.5
+        found = []
+        for backend in ("triton", "torch"):
+            inputs = [view.detach().requires_grad_() for view in (query, key)]
+            if backend == "torch":
+                inputs = [view.detach().double().requires_grad_() for view in (query, key)]
+            temperature: float | Tensor = tau
+            if learned:
+                temperature = torch.tensor(tau, device="cuda", requires_grad=True)
+            loss = fused_info_nce(
+                inputs[0],
+                inputs[1],
+                temperature=temperature,
+                symmetric=symmetric,
+                reduction=reduction,
+                normalize=normalize,
+                backend=backend,
+            )
+            if isinstance(temperature, Tensor):
+                inputs.append(temperature)
+            found.append([loss.detach().double(), *gradients(loss, inputs)])
+        if shape[1] == 1:  # no negatives: everything is 0
+            error = max(float(t.abs().max()) for t in found[0])
+        else:
+            error = relative_error(*found)
+        limit = TOLERANCE[dtype] * (0.07 / tau if dtype != torch.float32 else 1)
+        assert error < limit, (shape, dtype, tau, symmetric, reduction, normalize, learned, error)
+    return len(OPTIONS)
+
+
+def check_hd_nce(dtype: torch.dtype) -> int:
+    """Pairs of several shapes in one call."""
+    shapes = [(33, 8, 64), (33, 4, 64), (33, 2, 48)]
+    first, second = ([torch.randn(s, device="cuda", dtype=dtype) for s in shapes] for _ in range(2))
+    spatial = list(zip(first, second, strict=True))
+    temporal = [(v[:, 0].contiguous(), w[:, 1].contiguous()) for v, w in spatial]
+    views = [view.requires_grad_() for pair in (*spatial, *temporal) for view in pair]
+    loss, _ = fused_hd_nce(
+        spatial,
+        temporal,
+        alpha=(0.25, 0.5, 1.0),
+        beta=(0.25, 0.5, 1.0),
+        backend="triton",
+        return_metrics=True,
+    )
+    assert all(bool(g.isfinite().all()) for g in gradients(loss, views))
+    return 1
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("PyTorch finds no GPU")
+    torch.manual_seed(0)
+    count = sum(check_info_nce(shape, dtype) for shape in SHAPES for dtype in DTYPES)
+    count += sum(check_hd_nce(dtype) for dtype in DTYPES)
+    torch.set_float32_matmul_precision("high")  # tf32
+    count += check_info_nce(SHAPES[3], torch.float32)
+    torch.cuda.synchronize()
+    print(f"{count} calls, all as expected")
+
+
+if __name__ == "__main__":
+    main()

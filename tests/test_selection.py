@@ -1,0 +1,205 @@
+"""Which backend runs a call: every rule of `hdc_kernels/selection.py`, and every refusal word for word."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hdc_kernels import fused_info_nce, selection
+from hdc_kernels.backends import cpu
+from hdc_kernels.checks import FLOATING
+
+LIMIT = selection.PLAIN_LOGITS
+NARROW = tuple(dtype for dtype in FLOATING if dtype != torch.float64)
+
+
+class Shaped:
+    """What `select` looks at, without the memory: a tensor's shape, dtype and device."""
+
+    def __init__(
+        self, *shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device(device)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def has(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    library: bool = False,
+    triton: bool = False,
+    interpreted: bool = False,
+) -> None:
+    """What is installed."""
+    monkeypatch.setattr(selection, "_has_library", lambda: library)
+    monkeypatch.setattr(selection, "_has_triton", lambda: triton)
+    monkeypatch.setattr(selection, "_interpreted", lambda: interpreted)
+
+
+def chosen(backend: str, *pairs: tuple[Shaped, Shaped]) -> str:
+    """The backend for these pairs."""
+    x, y = zip(*pairs, strict=True)
+    return selection.select(backend, x, y)
+
+
+def chosen_for(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend for a small pair."""
+    one = Shaped(4, 3, device=device, dtype=dtype)
+    return chosen(backend, (one, one))
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, triton: bool) -> None:
+    """The library in every dtype; without it plain PyTorch, never Triton, whose interpreter is slow."""
+    has(monkeypatch, library=True, triton=triton, interpreted=triton)
+    assert chosen_for("auto", "cpu", dtype) == "cpu"
+    has(monkeypatch, triton=triton, interpreted=triton)
+    assert chosen_for("auto", "cpu", dtype) == "torch"
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """Triton but for float64, whether or not the C++ library is there, which cannot reach a GPU."""
+    has(monkeypatch, library=library, triton=True)
+    assert [chosen_for("auto", "cuda", dtype) for dtype in NARROW] == ["triton"] * 3
+    assert chosen_for("auto", "cuda", torch.float64) == "torch"
+    has(monkeypatch, library=library)
+    assert [chosen_for("auto", "cuda", dtype) for dtype in FLOATING] == ["torch"] * 4
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_auto_elsewhere(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Neither kernel runs there."""
+    has(monkeypatch, library=True, triton=True, interpreted=True)
+    assert chosen_for("auto", device) == "torch"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_auto_chunks_above_the_limit(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Logits are counted over rows, columns, problems and pairs, but not over widths."""
+    has(monkeypatch)
+    assert LIMIT == 4096 * 4096
+
+    def pair(*shape: int, columns: int) -> tuple[Shaped, Shaped]:
+        other = (*shape[:-2], columns, shape[-1])
+        return Shaped(*shape, device=device), Shaped(*other, device=device)
+
+    assert chosen("auto", pair(4096, 999, columns=4096)) == "torch"
+    assert chosen("auto", pair(4096, 1, columns=4097)) == "chunked"
+    assert chosen("auto", pair(4097, 1, columns=4096)) == "chunked"
+    assert chosen("auto", pair(16, 1024, 7, columns=1024)) == "torch"
+    assert chosen("auto", pair(17, 1024, 7, columns=1024)) == "chunked"
+    half, one = pair(2048, 5, columns=4096), pair(1, 3, columns=1)
+    assert chosen("auto", half, half) == "torch"
+    assert chosen("auto", half, half, one) == "chunked"
+
+
+@pytest.mark.parametrize("backend", ["torch", "chunked"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_plain_backends_run_anywhere(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    """Whoever asks for them gets them, in any size and dtype."""
+    has(monkeypatch, library=True, triton=True)
+    assert [chosen_for(backend, device, dtype) for dtype in FLOATING] == [backend] * 4
+    huge = Shaped(2 * LIMIT, 1, device=device)
+    assert chosen(backend, (huge, huge)) == backend
+
+
+def test_cpu_and_triton_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton also on CPU tensors, if its interpreter is on."""
+    has(monkeypatch, library=True, triton=True)
+    assert [chosen_for("cpu", "cpu", dtype) for dtype in FLOATING] == ["cpu"] * 4
+    assert [chosen_for("triton", "cuda", dtype) for dtype in NARROW] == ["triton"] * 3
+    has(monkeypatch, triton=True, interpreted=True)
+    assert [chosen_for("triton", "cpu", dtype) for dtype in NARROW] == ["triton"] * 3
+
+
+REFUSALS = [
+    ("cpu", "cuda", torch.float32, {"library": True}, "the tensors are on cuda; use 'auto'"),
+    ("cpu", "meta", torch.float64, {}, "the tensors are on meta; use 'auto'"),
+    (
+        "cpu",
+        "cpu",
+        torch.float32,
+        {"triton": True},
+        "its C++ library was not built; install a C++ compiler (g++ or clang++), then reinstall this package",
+    ),
+    ("triton", "cuda", torch.float32, {}, "Triton is not installed; pip install triton"),
+    ("triton", "cpu", torch.float64, {}, "Triton is not installed; pip install triton"),
+    ("triton", "cpu", torch.float32, {"triton": True}, "the tensors are on cpu; use 'auto'"),
+    ("triton", "mps", torch.float64, {"triton": True}, "the tensors are on mps; use 'auto'"),
+    ("triton", "cuda", torch.float64, {"triton": True}, "the tensors are float64; use 'auto'"),
+    (
+        "triton",
+        "cpu",
+        torch.float64,
+        {"triton": True, "interpreted": True},
+        "the tensors are float64; use 'auto'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "dtype", "installed", "message"), REFUSALS)
+def test_refusals(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    installed: dict[str, bool],
+    message: str,
+) -> None:
+    """A backend that was asked for by name is never swapped for another in silence."""
+    has(monkeypatch, **installed)
+    message = f"backend is '{backend}' but {message}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        chosen_for(backend, device, dtype)
+
+
+def test_refusals_reach_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public function, which otherwise falls back to plain PyTorch."""
+    has(monkeypatch)
+    x = torch.ones(4, 3)
+    for backend in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=f"^backend is '{backend}' but "):
+            fused_info_nce(x, x, backend=backend)
+    plain = fused_info_nce(x, x, backend="torch")
+    assert torch.equal(fused_info_nce(x, x), plain)
+
+
+def test_implementation() -> None:
+    """The module of that name, with all that a backend has, once."""
+    module = selection.implementation("cpu")
+    assert module is cpu
+    for part in ("LSE_DTYPE", "forward", "backward", "step"):
+        assert hasattr(module, part)
+
+
+@pytest.fixture
+def forget_triton() -> Iterator[None]:
+    """Whether Triton is there is asked once a process: not here."""
+    selection._find_triton.cache_clear()
+    yield
+    selection._find_triton.cache_clear()
+
+
+@pytest.mark.usefixtures("forget_triton")
+@pytest.mark.parametrize("found", [True, False])
+def test_what_is_installed_is_looked_for(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    """The library is asked itself, Triton's presence the import system, without importing it."""
+    monkeypatch.setattr(cpu, "is_available", lambda: found)
+    assert selection._has_library() is found
+    asked = []
+
+    def find_spec(name: str) -> object:
+        asked.append(name)
+        return object() if found else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert selection._has_triton() is found
+    assert asked == ["triton"]

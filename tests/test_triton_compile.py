@@ -1,0 +1,67 @@
+"""The Triton kernels compiled ahead of time: no spilled register, no excess of shared memory, tensor cores.
+
+It needs no GPU. The compiler must not know of the interpreter that the other tests run in, so it gets a
+process of its own: `triton_resources`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes that one program may have
+PRODUCTS = "logsumexp_kernel", "gradient_kernel", "contrast_kernel"
+# The symmetric loss needs the most registers of everything.
+CASES = (
+    "sm_90:bfloat16:tf32:512:64:plain",
+    "sm_90:bfloat16:tf32:512:128:symmetric",
+    "sm_90:float16:tf32:512:256:symmetric",
+    "sm_90:float32:tf32:512:128:symmetric",
+    "sm_90:float32:ieee:512:128:symmetric",
+    "sm_90:bfloat16:tf32:128:128:symmetric",
+    "sm_80:bfloat16:tf32:512:128:symmetric",
+    "sm_80:bfloat16:tf32:512:512:symmetric",
+    "sm_80:float32:tf32:512:256:symmetric",
+    "sm_80:float16:tf32:64:64:symmetric",
+    "sm_100:bfloat16:tf32:128:128:plain",
+)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, list[dict[str, Any]]]:
+    """What every case's kernels need."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_resources.py")
+    done = subprocess.run(
+        [sys.executable, script, *CASES], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
+    for line in done.stdout.splitlines():
+        kernel = json.loads(line)
+        found[kernel["case"]].append(kernel)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_spills_and_everything_fits(kernels, case):
+    assert len(kernels[case]) in (1, 7)
+    for kernel in kernels[case]:
+        assert kernel["stack"] == kernel["local"] == kernel["spills"] == 0, kernel
+        assert kernel["shared"] <= SHARED[case.split(":")[0]], kernel
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_run_on_tensor_cores(kernels, case):
+    products = [kernel for kernel in kernels[case] if kernel["kernel"] in PRODUCTS]
+    assert len(products) in (1, 3)
+    for kernel in products:
+        assert bool(kernel["tensor"]) == ("ieee" not in case), kernel
+        if case.startswith("sm_90") and "float32" not in case:
+            assert kernel["wgmma"], kernel
