@@ -29,8 +29,8 @@ class Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
         shown, made = _evaluate(call, tau, xy)
-        ctx.call = call
-        ctx.save_for_backward(tau, *xy, *made)
+        ctx.call, ctx.made = call, made
+        ctx.save_for_backward(tau, *xy)
         ctx.mark_non_differentiable(*shown[1:])
         ctx.set_materialize_grads(False)
         return shown
@@ -39,11 +39,14 @@ class Value(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
+        made = ctx.made or _evaluate(ctx.call, ctx.saved_tensors[0], ctx.saved_tensors[1:])[1]
         if torch.is_grad_enabled():
-            return None, *Gradient.apply(ctx.call, upstream, *ctx.saved_tensors)
-        # What was made is handed out as it is, but once: two results must not share their memory.
-        fresh, ctx.handed_out = not getattr(ctx, "handed_out", False), True
-        return None, *_gradient(ctx.call, upstream, *ctx.saved_tensors, fresh=fresh)
+            return None, *Gradient.apply(ctx.call, upstream, *ctx.saved_tensors, *made)
+        # Gradients that need no scaling are given away, not copied: a second pass makes new ones.
+        give_away = ctx.call.weights is not None and _is_one(upstream)
+        if give_away:
+            ctx.made = None
+        return None, *_gradient(ctx.call, upstream, *ctx.saved_tensors, *made, scaled=give_away)
 
 
 class TransformedValue(torch.autograd.Function):
@@ -61,7 +64,12 @@ class TransformedValue(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    backward = Value.backward
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if upstream is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        differentiate = Gradient.apply if torch.is_grad_enabled() else _gradient
+        return None, *differentiate(ctx.call, upstream, *ctx.saved_tensors)
 
 
 class Gradient(torch.autograd.Function):
@@ -121,9 +129,9 @@ def _evaluate(
 
 
 def _gradient(
-    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor, fresh: bool = False
+    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor, scaled: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, *dx, *dy) out of what `_evaluate` made, which is `fresh` if nobody has it yet."""
+    """(dτ or None, *dx, *dy) out of what `_evaluate` made; `scaled` if the upstream gradient is in it."""
     xy, made = rest[: 2 * call.pairs], rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
@@ -135,3 +143,8 @@ def _gradient(
     else:
         *d_xy, d_tau = scale(made, upstream, xy[0].dtype)
     return None if tau is None else d_tau.to(tau.dtype).view(tau.shape), *d_xy
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Mostly it is. On a GPU, asking would wait for it."""
+    return upstream.device.type == "cpu" and upstream.item() == 1

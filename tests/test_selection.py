@@ -32,11 +32,13 @@ def has(
     *,
     library: bool = False,
     triton: bool = False,
+    ampere: bool = True,
     interpreted: bool = False,
 ) -> None:
-    """What is installed."""
+    """What is installed, and whether the GPU is new enough."""
     monkeypatch.setattr(selection, "_has_library", lambda: library)
     monkeypatch.setattr(selection, "_has_triton", lambda: triton)
+    monkeypatch.setattr(selection, "_is_ampere", lambda tensor: ampere)
     monkeypatch.setattr(selection, "_interpreted", lambda: interpreted)
 
 
@@ -68,6 +70,8 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
     has(monkeypatch, library=library, triton=True)
     assert [chosen_for("auto", "cuda", dtype) for dtype in NARROW] == ["triton"] * 3
     assert chosen_for("auto", "cuda", torch.float64) == "torch"
+    has(monkeypatch, library=library, triton=True, ampere=False)
+    assert [chosen_for("auto", "cuda", dtype) for dtype in FLOATING] == ["torch"] * 4
     has(monkeypatch, library=library)
     assert [chosen_for("auto", "cuda", dtype) for dtype in FLOATING] == ["torch"] * 4
 
