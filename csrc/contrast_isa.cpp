@@ -95,10 +95,8 @@ class Calculation {
             Contrast<T, Stored> work(call, group, team.packed, team.own[size_t(thread_index())]);
             const Share mine = share_of(group.rows, thread_index(), threads, TILE_ROWS);
             const Share columns = share_of(group.columns, thread_index(), threads, Packed<T>::W);
-            work.pack_x(mine);
-            work.pack_y(columns);
+            work.pack(columns);
 #pragma omp barrier
-            work.dot_positives(mine);
             if (one_pass) {
                 work.step(mine);
             } else if (!saved) {

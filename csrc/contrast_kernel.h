@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "contrast.h"
 #include "multiply.h"
@@ -170,36 +171,35 @@ class Contrast {
 
     int64_t blocks() const { return (group.columns + BLOCK - 1) / BLOCK; }
 
-    // Σ a·b in float64 over a packed row.
-    double dot(const T* a, const T* b) const {
-        Vector<double> sum{};
-        for (int64_t d = 0; d < packed.width; d += LANES<double>) sum += load_wide(a + d) * load_wide(b + d);
-        return sum_of_lanes<double>(sum);
+    // Whether rows of `matrix`, of elements of type Element, can be loaded and stored as whole vectors of T.
+    template <typename Element>
+    bool is_direct(const HdcMatrix& matrix) const {
+        return std::is_same_v<Element, T> && matrix.column_stride == 1 && group.width == packed.width;
     }
 
-    // Reads row `row` of `matrix` into `out`, unit length if asked for, and returns 1 / |row|.
-    double read(const HdcMatrix& matrix, int64_t row, T* out) const {
+    // Row `row` of `matrix` as T, followed by zeros up to a whole vector: where it is, or copied to `out`.
+    const T* read(const HdcMatrix& matrix, int64_t row, T* out) const {
         const Stored* from = static_cast<const Stored*>(matrix.data) + row * matrix.row_stride;
-        const int64_t width = group.width, stride = matrix.column_stride;
-        if (stride == 1)
-            for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d]);
-        else
-            for (int64_t d = 0; d < width; d++) out[d] = convert<T>(from[d * stride]);
-        std::fill(out + width, out + packed.width, T(0));
+        if (is_direct<Stored>(matrix)) return reinterpret_cast<const T*>(from);
+        for (int64_t d = 0; d < group.width; d++) out[d] = convert<T>(from[d * matrix.column_stride]);
+        std::fill(out + group.width, out + packed.width, T(0));
+        return out;
+    }
+
+    double inverse_norm(double squares) const {
         if (!normalize) return 1;
-        const double norm = std::sqrt(dot(out, out)), inverse = norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
-        for (int64_t d = 0; d < packed.width; d += V) store(out + d, load(out + d) * T(inverse));
-        return inverse;
+        const double norm = std::sqrt(squares);
+        return norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
+    }
+
+    void scale_row(const T* from, double factor, T* to) const {
+        for (int64_t d = 0; d < packed.width; d += V) store(to + d, load(from + d) * T(factor));
     }
 
     template <typename To>
     void write(const HdcMatrix& matrix, int64_t row, const T* values) const {
         To* to = static_cast<To*>(matrix.data) + row * matrix.row_stride;
-        const int64_t width = group.width, stride = matrix.column_stride;
-        if (stride == 1)
-            for (int64_t d = 0; d < width; d++) to[d] = convert<To>(values[d]);
-        else
-            for (int64_t d = 0; d < width; d++) to[d * stride] = convert<To>(values[d]);
+        for (int64_t d = 0; d < group.width; d++) to[d * matrix.column_stride] = convert<To>(values[d]);
     }
 
     const T* x_row(int64_t row) const { return packed.x + row * packed.stride; }
@@ -280,22 +280,27 @@ class Contrast {
     void finish_dx(int64_t i, double factor, double weight) {
         const int64_t row = first + i;
         const T of_sum = T(factor * scale), of_y = T(weight * scale);
-        for (int64_t d = 0; d < packed.width; d += V)
-            store(own.gradient + d, of_sum * load(own.sums + i * packed.stride + d) - of_y * load(y_row(row) + d));
-        own.d_temperature -= scale * finish_gradient(x_row(row), packed.x_inverse[row], group.dx, row);
+        const T *sums = own.sums + i * packed.stride, *y = y_row(row);
+        own.d_temperature -= scale * finish_gradient(
+            [=](int64_t d) { return of_sum * load(sums + d) - of_y * load(y + d); },
+            x_row(row), packed.x_inverse[row], group.dx, row);
     }
 
-    // (g − x̂ (x̂·g)) / |x|, written to row `row` of `matrix`. Returns x̂·g.
-    double finish_gradient(const T* x, double inverse, const HdcMatrix& matrix, int64_t row) {
-        T* gradient = own.gradient;
+    // g -> (g − x̂ (x̂·g)) / |x|, written to row `row` of `matrix`. Returns x̂·g.
+    template <typename Gradient>
+    double finish_gradient(Gradient g, const T* x, double inverse, const HdcMatrix& matrix, int64_t row) {
         Vector<T> products{};
-        for (int64_t d = 0; d < packed.width; d += V) products += load(gradient + d) * load(x + d);
-        const T along = sum_of_lanes<T>(products), factor = T(inverse);
-        if (normalize)
-            for (int64_t d = 0; d < packed.width; d += V)
-                store(gradient + d, (load(gradient + d) - along * load(x + d)) * factor);
-        if (full_gradients) write<T>(matrix, row, gradient);
-        else write<Stored>(matrix, row, gradient);
+        for (int64_t d = 0; d < packed.width; d += V) {
+            const Vector<T> value = g(d);
+            store(own.gradient + d, value);
+            products += value * load(x + d);
+        }
+        const T along = sum_of_lanes<T>(products), factor = T(inverse), pull = normalize ? along : T(0);
+        const bool direct = full_gradients ? is_direct<T>(matrix) : is_direct<Stored>(matrix);
+        T* to = direct ? static_cast<T*>(matrix.data) + row * matrix.row_stride : own.gradient;
+        for (int64_t d = 0; d < packed.width; d += V) store(to + d, (load(own.gradient + d) - pull * load(x + d)) * factor);
+        if (!direct && full_gradients) write<T>(matrix, row, own.gradient);
+        if (!direct && !full_gradients) write<Stored>(matrix, row, own.gradient);
         return double(along);
     }
 
@@ -305,22 +310,34 @@ class Contrast {
           full_gradients(call.task == HDC_STEP),
           scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
 
-    void pack_x(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++) packed.x_inverse[i] = read(group.x, i, packed.x + i * packed.stride);
-    }
-
-    // `columns` begins at a whole tile.
-    void pack_y(Share columns) {
-        for (int64_t j = columns.begin; j < columns.end; j++) packed.y_inverse[j] = read(group.y, j, packed.y + j * packed.stride);
+    // X̂, Ŷ and the positives of these columns and of the rows of the same number, of which there may be fewer.
+    // Squares and products are summed in float64. `columns` begins at a whole tile.
+    void pack(Share columns) {
+        for (int64_t j = columns.begin; j < columns.end; j++) {
+            T *unit_x = packed.x + j * packed.stride, *unit_y = packed.y + j * packed.stride;
+            const T* y = read(group.y, j, unit_y);
+            Vector<double> xx{}, xy{}, yy{};
+            if (j < group.rows) {
+                const T* x = read(group.x, j, unit_x);
+                for (int64_t d = 0; d < packed.width; d += LANES<double>) {
+                    const Vector<double> a = load_wide(x + d), b = load_wide(y + d);
+                    xx += a * a, xy += a * b, yy += b * b;
+                }
+                packed.x_inverse[j] = inverse_norm(sum_of_lanes<double>(xx));
+                packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
+                packed.positive[j] = sum_of_lanes<double>(xy) * packed.x_inverse[j] * packed.y_inverse[j];
+                scale_row(x, packed.x_inverse[j], unit_x);
+            } else {
+                for (int64_t d = 0; d < packed.width; d += LANES<double>) yy += load_wide(y + d) * load_wide(y + d);
+                packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
+            }
+            scale_row(y, packed.y_inverse[j], unit_y);
+        }
         for (int64_t j = columns.end; j % W; j++) std::fill_n(packed.y + j * packed.stride, packed.width, T(0));
         for (int64_t j = columns.begin; j < columns.end; j += V) {
             T* tile = packed.y_transposed + j / W * W * packed.width + j % W;
             for (int64_t d = 0; d < packed.width; d += V) transpose(y_row(j) + d, packed.stride, tile + d * W, W);
         }
-    }
-
-    void dot_positives(Share rows) {
-        for (int64_t i = rows.begin; i < rows.end; i++) packed.positive[i] = dot(x_row(i), y_row(i));
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
@@ -519,13 +536,15 @@ class Contrast {
             const bool has_positive = j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
             const T* x = x_row(has_positive ? j : 0);
-            for (int64_t d = 0; d < packed.width; d += V) {
-                Vector<T> sum = -weight * load(x + d);
-                for (const Private<T>& thread : threads)
-                    if (thread.has_dy) sum += load(thread.dy + j * packed.stride + d);
-                store(own.gradient + d, sum * T(scale));
-            }
-            finish_gradient(y_row(j), packed.y_inverse[j], group.dy, j);
+            const int64_t at = j * packed.stride;
+            finish_gradient(
+                [=](int64_t d) {
+                    Vector<T> sum = -weight * load(x + d);
+                    for (const Private<T>& thread : threads)
+                        if (thread.has_dy) sum += load(thread.dy + at + d);
+                    return sum * T(scale);
+                },
+                y_row(j), packed.y_inverse[j], group.dy, j);
         }
     }
 };
