@@ -139,7 +139,10 @@ def _gradient(
     elif (
         upstream.device.type == "cpu" and upstream.item() == 1
     ):  # mostly; on a GPU, asking would wait
-        *d_xy, d_tau = (*(d.to(xy[0].dtype) for d in made[:-1]), made[-1])
+        *d_xy, d_tau = (
+            *(d if d.dtype == xy[0].dtype else d.to(xy[0].dtype) for d in made[:-1]),
+            made[-1],
+        )
     else:
         *d_xy, d_tau = scale(made, upstream, xy[0].dtype)
     return None if tau is None else d_tau.to(tau.dtype).view(tau.shape), *d_xy

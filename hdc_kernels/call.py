@@ -19,12 +19,13 @@ class Call(NamedTuple):
     symmetric: bool
     normalize: bool
     pairs: int
+    rows_first: int  # so many of the pairs are [M, G, D] and [N, G, D]
 
     def problems(self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]) -> Problems:
         """What a backend takes."""
         return Problems(
-            tuple(map(_grouped, x)),
-            tuple(map(_grouped, y)),
+            self._grouped(x),
+            self._grouped(y),
             (1.0,) * self.pairs if self.weights is None else self.weights,
             self.temperature if tau is None else tau,
             self.normalize,
@@ -44,7 +45,7 @@ class Call(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Total, terms, hits, and for `scale` the total's gradients (*dx, *dy, dτ)."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, x, y))
-        made = [*_like((*gradients.x, *gradients.y), (*x, *y)), gradients.temperature]
+        made = [*self._like(gradients.x, x), *self._like(gradients.y, y), gradients.temperature]
         return terms.total, terms.loss, terms.hits, made
 
     def backward(
@@ -58,19 +59,24 @@ class Call(NamedTuple):
         """(*dx, *dy, dτ) of Σ upstream · terms."""
         problems = self.problems(tau, x, y)
         gradients = implementation(self.backend).backward(problems, lse, upstream)
-        return [*_like((*gradients.x, *gradients.y), (*x, *y)), gradients.temperature]
+        return [*self._like(gradients.x, x), *self._like(gradients.y, y), gradients.temperature]
+
+    def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each as [G, rows, D]."""
+        return tuple(
+            x.transpose(0, 1) if k < self.rows_first else x.unsqueeze(0) if x.dim() == 2 else x
+            for k, x in enumerate(inputs)
+        )
+
+    def _like(self, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of `_grouped` inputs as gradients of the inputs."""
+        pairs = enumerate(zip(gradients, inputs, strict=True))
+        return [
+            g.transpose(0, 1) if k < self.rows_first else g.squeeze(0) if x.dim() == 2 else g
+            for k, (g, x) in pairs
+        ]
 
 
 def scale(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16)."""
     return [*((d * upstream).to(dtype) for d in made[:-1]), made[-1] * upstream]
-
-
-def _grouped(x: Tensor) -> Tensor:
-    return x.unsqueeze(0) if x.dim() == 2 else x
-
-
-def _like(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of `_grouped` inputs as gradients of the inputs."""
-    pairs = zip(gradients, inputs, strict=True)
-    return [g.squeeze(0) if x.dim() == 2 else g for g, x in pairs]

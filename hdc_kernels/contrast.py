@@ -38,12 +38,14 @@ def contrast(
     temperature: float | Tensor,
     symmetric: bool = False,
     normalize: bool = True,
+    rows_first: int = 0,
     backend: str = "auto",
 ) -> Contrast:
     """The InfoNCE term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
 
     With `weights`, one per pair, the value is the weighted total and its gradients are made on the way, so
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
+    The first `rows_first` pairs are [M, G, D] and [N, G, D] instead, batches of timesteps for example.
     What depends on the batch size goes into `divisor`: a compiled graph then serves every batch size.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
@@ -56,6 +58,7 @@ def contrast(
         symmetric,
         normalize,
         len(pairs),
+        rows_first,
     )
     after = divisor if compiling and weights is not None else 1
     if call.backend in ("torch", "chunked"):
@@ -65,7 +68,7 @@ def contrast(
         t is not None and t.requires_grad for t in (tau, *x, *y)
     )
     if compiling:
-        options = (call.temperature, symmetric, normalize, call.backend)
+        options = (call.temperature, symmetric, normalize, rows_first, call.backend)
         if weights is not None and differentiable:
             value, terms, hits, _ = operators.contrast_total(x, y, tau, call.weights, *options)
             return Contrast(value / after, terms, hits)

@@ -102,11 +102,9 @@ def fused_hd_nce(
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    # Every timestep of every scale is a problem of its own: [B, N, D] -> [N, B, D].
-    pairs = [(v_o.transpose(0, 1), v_s.transpose(0, 1)) for v_o, v_s in spatial]
-    pairs += temporal
-    steps = [len(v_o) for v_o, _ in pairs[: len(spatial)]]
-    batch = pairs[0][0].shape[-2]
+    pairs = [*spatial, *temporal]
+    steps = [v_o.shape[1] for v_o, _ in spatial]
+    batch = pairs[0][0].shape[0]
     weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
     value, terms, hits = contrast(
         pairs,
@@ -114,6 +112,7 @@ def fused_hd_nce(
         divisor=batch if reduction == "mean" else 1,
         temperature=temperature,
         normalize=normalize,
+        rows_first=len(spatial),  # every timestep is a problem of its own
         backend=backend,
     )
     sizes = [n * batch for n in steps] + [batch] * len(temporal)

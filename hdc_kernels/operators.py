@@ -25,10 +25,11 @@ def contrast_total(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Total, terms, hits, and the total's gradients (*dx, *dy, dτ) in the dtype it is computed in."""
-    call = Call(backend, tuple(weights), temperature, symmetric, normalize, len(x))
+    call = Call(backend, tuple(weights), temperature, symmetric, normalize, len(x), rows_first)
     return call.step(tau, x, y)
 
 
@@ -41,6 +42,7 @@ def _(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
@@ -62,10 +64,10 @@ def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _total_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         nothing = [None] * ctx.pairs
-        return nothing, nothing, *(None,) * 6
+        return nothing, nothing, *(None,) * 7
     xy, made = ctx.saved_tensors[: 2 * ctx.pairs], ctx.saved_tensors[2 * ctx.pairs :]
     *d_xy, d_tau = contrast_scale(list(made), upstream, list(xy))
-    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 5
+    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 6
 
 
 contrast_total.register_autograd(_total_backward, setup_context=_total_context)
@@ -97,10 +99,11 @@ def contrast_terms(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, hits and logsumexps."""
-    call = Call(backend, None, temperature, symmetric, normalize, len(x))
+    call = Call(backend, None, temperature, symmetric, normalize, len(x), rows_first)
     result = implementation(backend).forward(call.problems(tau, x, y))
     return result.loss, result.hits, result.lse
 
@@ -113,6 +116,7 @@ def _(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     terms = _flat(x, reference.compute_dtype(x[0].dtype))
@@ -132,11 +136,11 @@ def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         nothing = [None] * ctx.pairs
-        return nothing, nothing, *(None,) * 5
+        return nothing, nothing, *(None,) * 6
     *xy, lse = ctx.saved_tensors
     x, y = xy[: ctx.pairs], xy[ctx.pairs :]
     *d_xy, d_tau = contrast_gradient(x, y, ctx.tau, *ctx.options, lse, upstream)
-    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 4
+    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 5
 
 
 contrast_terms.register_autograd(_terms_backward, setup_context=_terms_context)
@@ -150,12 +154,13 @@ def contrast_gradient(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
     lse: Tensor,
     upstream: Tensor,
 ) -> list[Tensor]:
     """(*dx, *dy, dτ) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
-    call = Call(backend, None, temperature, symmetric, normalize, len(x))
+    call = Call(backend, None, temperature, symmetric, normalize, len(x), rows_first)
     return call.backward(tau, x, y, lse, upstream)
 
 
@@ -167,6 +172,7 @@ def _(
     temperature: float,
     symmetric: bool,
     normalize: bool,
+    rows_first: int,
     backend: str,
     lse: Tensor,
     upstream: Tensor,

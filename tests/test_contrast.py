@@ -1024,12 +1024,12 @@ def operator_arguments() -> list[tuple[Any, ...]]:
     wide = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     extra = randn(9, 4, seed=2)
     return [
-        (ready(x), ready(y), None, 0.5, False, True),
-        (ready(x[0], x), ready(extra, y), tau, 0.0, False, True),
-        (ready(x.float(), x[0].float()), ready(y.float(), y[0].float()), wide, 0.0, True, False),
-        (ready(x.half()), ready(y.half()), tau, 0.0, True, True),
-        (ready(x[0].bfloat16()), ready(extra.bfloat16()), None, 0.5, False, False),
-        (ready(transposed(x), groups_last(x)), ready(sliced(y), every_other(y)), tau, 0.0, False, True),
+        (ready(x), ready(y), None, 0.5, False, True, 0),
+        (ready(x[0], x), ready(extra, y), tau, 0.0, False, True, 0),
+        (ready(x.float(), x[0].float()), ready(y.float(), y[0].float()), wide, 0.0, True, False, 1),
+        (ready(x.half()), ready(y.half()), tau, 0.0, True, True, 1),
+        (ready(x[0].bfloat16()), ready(extra.bfloat16()), None, 0.5, False, False, 0),
+        (ready(transposed(x), groups_last(x)), ready(sliced(y), every_other(y)), tau, 0.0, False, True, 2),
     ]  # fmt: skip
 
 
