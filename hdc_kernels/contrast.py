@@ -52,7 +52,7 @@ def contrast(
     tau = temperature if isinstance(temperature, Tensor) else None
     compiling = torch.compiler.is_compiling()
     call = Call(
-        select(backend, x, y),
+        select(backend, x, y, rows_first),
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,

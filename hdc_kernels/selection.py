@@ -23,15 +23,21 @@ from hdc_kernels.backends import Implementation
 PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
 
 
-def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor]) -> str:
-    """The name of the backend for these tensors; raises ValueError if it is missing or does not fit."""
+def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor], rows_first: int = 0) -> str:
+    """The name of the backend for these tensors; raises ValueError if it is missing or does not fit.
+
+    The first `rows_first` pairs have their rows in dimension 0, the others in the last but one.
+    """
     device, dtype = x[0].device.type, x[0].dtype
     if backend == "auto":
         if device == "cpu" and _has_library():
             return "cpu"
         if device == "cuda" and dtype != torch.float64 and _has_triton() and _is_ampere(x[0]):
             return "triton"
-        logits = sum(a.numel() // a.shape[-1] * b.shape[-2] for a, b in zip(x, y, strict=True))
+        logits = sum(
+            a.numel() // a.shape[-1] * b.shape[0 if k < rows_first else -2]
+            for k, (a, b) in enumerate(zip(x, y, strict=True))
+        )
         return "torch" if logits <= PLAIN_LOGITS else "chunked"
     if backend == "cpu":
         if device != "cpu":
