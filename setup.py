@@ -28,7 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     DISPATCH = ["-DHDC_X86"]
     INSTRUCTION_SETS += [
         ("avx2", 32, ["-march=x86-64-v3"]),
-        ("avx512", 64, ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
+        ("avx512", 64, ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"]),
     ]
 
 

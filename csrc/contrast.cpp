@@ -52,3 +52,11 @@ int hdc_contrast(const HdcCall* call, const HdcProblem* problems) {
 }
 
 const char* hdc_instruction_set() { return chosen().name; }
+
+int hdc_has_bfloat16() {
+#ifdef HDC_X86
+    return std::strcmp(chosen().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}

@@ -26,6 +26,7 @@ struct HdcProblem {  // one pair of embeddings
 
 struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embeddings are computed in
     int64_t task, dtype, normalize, symmetric, threads, problems;
+    int64_t bfloat16;  // whether products may round to it; only for float32 and bfloat16, see hdc_has_bfloat16
     double temperature;
     void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
     void* terms;           // [T]                                    written by FORWARD, STEP
@@ -40,5 +41,8 @@ int hdc_contrast(const HdcCall* call, const HdcProblem* problems);
 
 // The instruction set that hdc_contrast runs on: "avx512", "avx2" or "portable".
 const char* hdc_instruction_set();
+
+// Whether the CPU multiplies bfloat16; HdcCall::bfloat16 must be 0 where it does not.
+int hdc_has_bfloat16();
 
 }  // extern "C"

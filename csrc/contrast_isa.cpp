@@ -38,7 +38,7 @@ struct Team {
 
     void lay_out(const HdcProblem& problem, const HdcCall& call) {
         scratch.rewind();
-        packed.lay_out(scratch, problem, call.symmetric);
+        packed.lay_out(scratch, problem, call);
         for (Private<T>& thread : own) thread.lay_out(scratch, problem, call, int(own.size()));
     }
 
@@ -49,7 +49,7 @@ struct Team {
     }
 };
 
-template <typename T, typename Stored>
+template <typename T, typename Stored, Elements ELEMENTS = SINGLE>
 class Calculation {
     struct Item {
         const HdcProblem* problem;
@@ -92,7 +92,7 @@ class Calculation {
         {
             const int threads = thread_count();
             const Threads<T> all{team.own.data(), threads};
-            Contrast<T, Stored> work(call, group, team.packed, team.own[size_t(thread_index())]);
+            Contrast<T, Stored, ELEMENTS> work(call, group, team.packed, team.own[size_t(thread_index())]);
             const Share mine = share_of(group.rows, thread_index(), threads, TILE_ROWS);
             const Share columns = share_of(group.columns, thread_index(), threads, Packed<T>::W);
             work.pack(columns);
@@ -154,6 +154,10 @@ class Calculation {
 }  // namespace
 
 int contrast(const HdcCall& call, const HdcProblem* problems) {
+#ifdef __AVX512BF16__
+    if (call.bfloat16 && call.dtype == HDC_FLOAT32) return Calculation<float, float, PAIRS>(call, problems)();
+    if (call.bfloat16 && call.dtype == HDC_BFLOAT16) return Calculation<float, BFloat16, PAIRS>(call, problems)();
+#endif
     switch (call.dtype) {
         case HDC_FLOAT64: return Calculation<double, double>(call, problems)();
         case HDC_FLOAT32: return Calculation<float, float>(call, problems)();

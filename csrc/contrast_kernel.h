@@ -16,6 +16,10 @@
 //
 // A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are.
 //
+// With PAIRS, an opt-in for float32 and bfloat16 embeddings, the factors of every product are rounded to
+// bfloat16 and two of them multiplied at a time (vdpbf16ps). What is not a product stays as it is: norms,
+// positives, exponentials and their sums. It pays where the instruction is faster than two multiply-adds.
+//
 // Memory: copies of X̂ and Ŷ in the layouts that the products want, one panel and one dŶ for each thread.
 // Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
 // 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
@@ -84,19 +88,26 @@ struct Packed {
     static constexpr int64_t W = TILE_WIDTH<T>;
 
     int64_t width, stride;                // of a row: D rounded up to whole vectors; see row_stride
-    T *x, *y, *y_transposed;              // [rows, stride]; [columns, stride]; [columns / W, width, W]
+    T *x, *y;                             // [rows, stride]; [columns, stride]
+    T* y_transposed;                      // [columns / W, width, W], or with PAIRS [columns / W, width / 2, W]
+    int64_t half_stride;                  // of a row of pairs of neighbours
+    T *x_pairs, *y_pairs;                 // with PAIRS: [rows, half_stride]; [columns / 2, stride]
     double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
     double *positive;                     // S_ii τ
     double *row_lse, *column_lse;         // of the negatives
     double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
 
-    void lay_out(Scratch& scratch, const HdcProblem& problem, bool symmetric) {
-        width = round_up(problem.width, LANES<T>);
-        stride = row_stride<T>(problem.width);
+    void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call) {
+        const bool symmetric = call.symmetric, pairs = call.bfloat16;
+        width = round_up(problem.width, pairs ? 2 * LANES<T> : LANES<T>);
+        stride = row_stride<T>(width);
+        half_stride = row_stride<T>(width / 2);
         const int64_t columns = round_up(problem.columns, W);
         scratch.take(x, problem.rows * stride);
         scratch.take(y, columns * stride);
         scratch.take(y_transposed, columns * width);
+        scratch.take(x_pairs, pairs ? problem.rows * half_stride : 0);
+        scratch.take(y_pairs, pairs ? columns / 2 * stride : 0);
         scratch.take(x_inverse, problem.rows);
         scratch.take(y_inverse, problem.columns);
         scratch.take(positive, problem.rows);
@@ -114,6 +125,7 @@ struct Private {
     T* panel;       // STEP: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
     T* sums;        // [panel_rows, stride]: O
     T* weighted;    // [panel_rows, stride]: STEP: the panel of X̂, times what its rows weigh
+    T* pairs;       // with PAIRS: a block's coefficients, or LANES rows of Ŷ, rounded
     T* dy;          // [columns, stride]
     T* gradient;    // [width]: one row
     T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
@@ -123,7 +135,8 @@ struct Private {
     double total = 0, d_temperature = 0;    // sums over all groups that this thread saw
 
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads) {
-        const int64_t stride = row_stride<T>(problem.width), columns = round_up(problem.columns, LANES<T>);
+        const int64_t width = round_up(problem.width, call.bfloat16 ? 2 * LANES<T> : LANES<T>);
+        const int64_t stride = row_stride<T>(width), columns = round_up(problem.columns, LANES<T>);
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric;
         const int64_t blocks = call.task == HDC_STEP && !symmetric ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
@@ -139,6 +152,7 @@ struct Private {
         scratch.take(weighted, gradients ? panel_rows * stride : 0);
         scratch.take(dy, gradients ? problem.columns * stride : 0);
         scratch.take(gradient, gradients ? stride : 0);
+        scratch.take(pairs, call.bfloat16 ? std::max(panel_rows * BLOCK_STRIDE<T>, LANES<T> * stride) : 0);
         scratch.take(column_maximum, symmetric ? columns : 0);
         scratch.take(column_sum, symmetric ? columns : 0);
     }
@@ -153,7 +167,7 @@ struct Threads {  // those that work on a group
     const Private<T>* end() const { return first + count; }
 };
 
-template <typename T, typename Stored>
+template <typename T, typename Stored, Elements ELEMENTS>
 class Contrast {
     static constexpr int64_t V = LANES<T>, W = TILE_WIDTH<T>, STRIDE = BLOCK_STRIDE<T>;
 
@@ -192,6 +206,14 @@ class Contrast {
         return norm > ZERO_NORM ? 1 / norm : norm == norm ? 0 : norm;
     }
 
+    // Steps of a product over the width.
+    int64_t steps_of_width() const { return ELEMENTS == PAIRS ? packed.width / 2 : packed.width; }
+
+    void pair_row(const T* row, T* out) const {
+        if constexpr (ELEMENTS == PAIRS)
+            for (int64_t d = 0; d < packed.width; d += 2 * V) store(out + d / 2, pair_neighbours(load(row + d), load(row + d + V)));
+    }
+
     void scale_row(const T* from, double factor, T* to) const {
         for (int64_t d = 0; d < packed.width; d += V) store(to + d, load(from + d) * T(factor));
     }
@@ -210,9 +232,15 @@ class Contrast {
     void similarities(int64_t block, T* out) {
         const int64_t begin = block * BLOCK, end = begin + columns_of(block);
         for (int64_t column = begin; column < end; column += W)
-            multiply<T, BY_ROW>(count, end - column, {x_row(first), packed.stride},
-                                {packed.y_transposed + column * packed.width, W}, group.width, out + (column - begin),
-                                STRIDE, false);
+            if constexpr (ELEMENTS == PAIRS)
+                multiply<T, BY_ROW, PAIRS>(count, end - column,
+                                           {packed.x_pairs + first * packed.half_stride, packed.half_stride},
+                                           {packed.y_transposed + column * packed.width / 2, W}, packed.width / 2,
+                                           out + (column - begin), STRIDE, false);
+            else
+                multiply<T, BY_ROW, SINGLE>(count, end - column, {x_row(first), packed.stride},
+                                            {packed.y_transposed + column * packed.width, W}, group.width,
+                                            out + (column - begin), STRIDE, false);
         constexpr T nothing = -std::numeric_limits<T>::infinity();
         for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
             T& positive = out[(i - first) * STRIDE + (i - begin)];
@@ -227,24 +255,58 @@ class Contrast {
 
     // O += block · Ŷ, beginning with block 0.
     void add_to_sums(const T* coefficients, int64_t block) {
+        const int64_t columns = columns_of(block), half = BLOCK / 2 + BLOCK_STRIDE<T> - BLOCK;
+        Operand<T> left{coefficients, STRIDE}, right{y_row(block * BLOCK), packed.stride};
+        if constexpr (ELEMENTS == PAIRS) {
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t j = 0; j < columns; j += 2 * V) {
+                    const T* row = coefficients + i * STRIDE + j;
+                    store(own.pairs + i * half + j / 2, pair_neighbours(load(row), load(row + V)));
+                }
+            left = {own.pairs, half};
+            right.data = packed.y_pairs + block * BLOCK / 2 * packed.stride;
+        }
+        const int64_t steps = ELEMENTS == PAIRS ? (columns + 1) / 2 : columns;
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_ROW>(count, packed.width - d, {coefficients, STRIDE}, {y_row(block * BLOCK) + d, packed.stride},
-                                columns_of(block), own.sums + d, packed.stride, block > 0);
+            multiply<T, BY_ROW, ELEMENTS>(count, packed.width - d, left, {right.data + d, right.stride}, steps,
+                                          own.sums + d, packed.stride, block > 0);
     }
 
-    // dŶ += blockᵀ · rows, beginning with the panel at row `begin`; `rows` are those of X̂ or their multiples.
+    // dŶ += blockᵀ · rows, beginning with the panel at row `begin`; `rows` are those of X̂ or, as always with
+    // PAIRS, what `weigh_rows` made of them.
     void add_to_dy(const T* coefficients, int64_t block, const T* rows, int64_t begin) {
+        const int64_t columns = columns_of(block);
+        Operand<T> left{coefficients, STRIDE};
+        if constexpr (ELEMENTS == PAIRS) {
+            for (int64_t i = 0; i < count; i += 2)
+                for (int64_t j = 0; j < columns; j += V) {
+                    const T* row = coefficients + i * STRIDE + j;
+                    const Vector<T> next = i + 1 < count ? load(row + STRIDE) : Vector<T>{};
+                    store(own.pairs + i / 2 * STRIDE + j, pair_lanes(load(row), next));
+                }
+            left.data = own.pairs;
+        }
+        const int64_t steps = ELEMENTS == PAIRS ? (count + 1) / 2 : count;
         for (int64_t d = 0; d < packed.width; d += W)
-            multiply<T, BY_STEP>(columns_of(block), packed.width - d, {coefficients, STRIDE},
-                                 {rows + d, packed.stride}, count,
-                                 own.dy + block * BLOCK * packed.stride + d, packed.stride, first > begin);
+            multiply<T, BY_STEP, ELEMENTS>(columns, packed.width - d, left, {rows + d, packed.stride}, steps,
+                                           own.dy + block * BLOCK * packed.stride + d, packed.stride, first > begin);
     }
 
     // The panel of X̂, each row times its factor.
     void weigh_rows(const double* factors) {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t d = 0; d < packed.width; d += V)
-                store(own.weighted + i * packed.stride + d, T(factors[i]) * load(x_row(first + i) + d));
+        if constexpr (ELEMENTS == PAIRS) {
+            for (int64_t i = 0; i < count; i += 2) {
+                const bool both = i + 1 < count;
+                const T low = T(factors[i]), high = both ? T(factors[i + 1]) : T(0);
+                const T *x = x_row(first + i), *next = both ? x_row(first + i + 1) : x;
+                for (int64_t d = 0; d < packed.width; d += V)
+                    store(own.weighted + i / 2 * packed.stride + d, pair_lanes(low * load(x + d), high * load(next + d)));
+            }
+        } else {
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t d = 0; d < packed.width; d += V)
+                    store(own.weighted + i * packed.stride + d, T(factors[i]) * load(x_row(first + i) + d));
+        }
     }
 
     // The larger one of the row's running maximum and the maximum over one block, in each lane.
@@ -335,9 +397,22 @@ class Contrast {
         }
         for (int64_t j = columns.end; j % W; j++) std::fill_n(packed.y + j * packed.stride, packed.width, T(0));
         for (int64_t j = columns.begin; j < columns.end; j += V) {
-            T* tile = packed.y_transposed + j / W * W * packed.width + j % W;
-            for (int64_t d = 0; d < packed.width; d += V) transpose(y_row(j) + d, packed.stride, tile + d * W, W);
+            T* tile = packed.y_transposed + j / W * W * steps_of_width() + j % W;
+            const T* rows = y_row(j);
+            int64_t stride = packed.stride;
+            if constexpr (ELEMENTS == PAIRS) {
+                for (int64_t i = 0; i < V; i++) pair_row(y_row(j + i), own.pairs + i * packed.half_stride);
+                for (int64_t i = 0; i < V; i += 2)
+                    for (int64_t d = 0; d < packed.width; d += V)
+                        store(packed.y_pairs + (j + i) / 2 * packed.stride + d, pair_lanes(load(y_row(j + i) + d), load(y_row(j + i + 1) + d)));
+                rows = own.pairs;
+                stride = packed.half_stride;
+            }
+            for (int64_t d = 0; d < steps_of_width(); d += V) transpose(rows + d, stride, tile + d * W, W);
         }
+        if constexpr (ELEMENTS == PAIRS)
+            for (int64_t i = columns.begin; i < std::min(columns.end, group.rows); i++)
+                pair_row(x_row(i), packed.x_pairs + i * packed.half_stride);
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
@@ -482,13 +557,16 @@ class Contrast {
     void backward(Share rows) {
         own.has_dy = rows.begin < rows.end;
         if (symmetric) load_columns();
+        double ones[PANEL_ROWS];
+        std::fill_n(ones, PANEL_ROWS, 1.0);
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
+            if (ELEMENTS == PAIRS) weigh_rows(ones);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 coefficients(block);
                 add_to_sums(own.panel, block);
-                add_to_dy(own.panel, block, x_row(first), rows.begin);
+                add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
             }
             for (int64_t i = 0; i < count; i++) {
                 const double weight = packed.row_weight[first + i] + (symmetric ? packed.column_weight[first + i] : 0);

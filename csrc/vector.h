@@ -113,6 +113,20 @@ inline void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride
     for (int i = 0; i < V; i++) store(out + i * out_stride, rows[i]);
 }
 
+#ifdef __AVX512BF16__
+// Two vectors rounded to bfloat16: neighbours in memory share 32 bits, `first` coming first.
+inline Vector<float> pair_neighbours(Vector<float> first, Vector<float> second) {
+    return (Vector<float>)_mm512_cvtne2ps_pbh(second, first);
+}
+
+// Lane by lane, `low` in the lower 16 bits.
+inline Vector<float> pair_lanes(Vector<float> low, Vector<float> high) {
+    const auto widen = [](__m256bh v) { return _mm512_cvtepu16_epi32((__m256i)v); };
+    const __m512i upper = _mm512_slli_epi32(widen(_mm512_cvtneps_pbh(high)), 16);
+    return (Vector<float>)_mm512_or_si512(widen(_mm512_cvtneps_pbh(low)), upper);
+}
+#endif
+
 // 2^f on [-1/2, 1/2]: minimax polynomials for the relative error (2e-9 and 3e-18), lowest power first.
 template <typename T>
 struct Exp2;

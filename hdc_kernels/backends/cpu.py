@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 
 _FORWARD, _BACKWARD, _STEP = range(3)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_CALL = struct.Struct("6qd6P")  # struct HdcCall
+_CALL = struct.Struct("7qd6P")  # struct HdcCall
 _PROBLEM = struct.Struct("P3qP3qP3qP3q4qd")  # struct HdcProblem
 
 
@@ -62,6 +62,21 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     gradients = _empty_gradients(problems, terms.loss.dtype)
     _call(_STEP, problems, terms, gradients, None)
     return terms, gradients
+
+
+def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
+    """PyTorch's own switch: at "medium", float32 products may round their factors to bfloat16."""
+    return (
+        torch.get_float32_matmul_precision() == "medium"
+        and dtype in (torch.float32, torch.bfloat16)
+        and multiplies_bfloat16()
+    )
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU and the library's code for it can."""
+    return bool(library().hdc_has_bfloat16())
 
 
 def _empty_terms(problems: Problems) -> Terms:
@@ -111,6 +126,7 @@ def _call(
         problems.symmetric,
         torch.get_num_threads(),
         len(problems.x),
+        _rounds_to_bfloat16(problems.x[0].dtype),
         float(problems.temperature),
         terms.total.data_ptr(),
         terms.loss.data_ptr(),
