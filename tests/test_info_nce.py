@@ -102,7 +102,9 @@ def test_keys_beyond_the_batch_are_negatives_of_every_query(backend: Backend) ->
 
 def test_symmetric_needs_a_query_for_every_key() -> None:
     """A key without a query has no positive in the other direction."""
-    with pytest.raises(ValueError, match=r"key has shape \[5, 3\] but query has \[4, 3\]; they must"):
+    with pytest.raises(
+        ValueError, match=r"key has shape \[5, 3\] but query has \[4, 3\]; they must"
+    ):
         fused_info_nce(randn(4, 3), randn(5, 3), symmetric=True)
 
 
