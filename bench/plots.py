@@ -153,7 +153,9 @@ def _time(result: Result) -> Figure:
 
 def _memory(result: Result) -> Figure:
     figure, (ax,) = _panels(
-        1, "InfoNCE, peak memory of forward + backward", report.describe(result)
+        1,
+        "InfoNCE, peak memory of forward + backward",
+        f"what is compiled is shown by a lower bound\n{report.describe(result)}",
     )
     floor = 2**16  # pages are counted by the system in lumps; less than this is nothing
     series = _series(result["memory"], "peak_bytes")
@@ -162,6 +164,13 @@ def _memory(result: Result) -> Figure:
     ax.set_ylabel("memory on top of the inputs")
     ax.yaxis.set_major_formatter(lambda count, _: report.amount(count))
     return figure
+
+
+def _short(case: dict[str, Any]) -> str:
+    """A title that leaves room for eight others."""
+    if case["problem"] == "InfoNCE":
+        return f"{case['batch']:,}"
+    return f"sym.\n{case['batch']:,}" if case["problem"] != "HD-NCE" else "HD-\nNCE"
 
 
 def _speedup(result: Result) -> Figure:
@@ -193,10 +202,8 @@ def _speedup(result: Result) -> Figure:
                     x, y = zip(*points, strict=True)
                     ax.scatter(x, y, 130, "black", marker="_", zorder=3, label=label)
         ax.axhline(1, color="black", linewidth=0.8)
-        labels = [
-            report.title(case).replace(", ", "\n").replace("symmetric ", "symm. ") for case in cases
-        ]
-        ax.set_xticks(range(len(cases)), labels, fontsize=7.5)
+        ax.set_xticks(range(len(cases)), [_short(case) for case in cases], fontsize=8)
+        ax.set_xlabel("batch B (sym.: symmetric InfoNCE)")
         ax.set_title(_run_title(result, run), loc="left", fontsize=10)
     axes[0].set_ylabel("time of a step / ours")
     axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.2)
@@ -210,7 +217,7 @@ def _error(result: Result) -> Figure:
     figure, axes = _panels(
         len(kinds),
         "InfoNCE, error of the gradients against float64",
-        f"relative, in the Euclidean norm; B = {result['settings']['accuracy_batch']}. {report.describe(result)}",
+        f"relative, in the Euclidean norm; B = {result['settings']['accuracy_batch']}\n{report.describe(result)}",
     )
     markers = {"float32": "o", "bfloat16": "s", "float16": "^"}
     for ax, data in zip(axes, kinds, strict=True):
