@@ -112,7 +112,7 @@ struct Matrix {
 };
 
 struct Run {
-    int64_t task, dtype, normalize, symmetric, threads;
+    int64_t task, dtype, normalize, symmetric, threads, bfloat16;
     Layout layout;
 };
 
@@ -143,9 +143,20 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
     for (int64_t i = 0; i < rows; i++) write_random(upstream.at(i), wide);
     std::memset(hits.get(), 0xff, size_t(rows));
 
-    HdcCall call{run.task,      run.dtype,        run.normalize, run.symmetric, run.threads, int64_t(problems.size()),
-                 0.5,           total.at(0),      terms.at(0),   hits.get(),    reinterpret_cast<double*>(lse.at(0)),
-                 nullptr,       nullptr};
+    HdcCall call{run.task,
+                 run.dtype,
+                 run.normalize,
+                 run.symmetric,
+                 run.threads,
+                 int64_t(problems.size()),
+                 run.bfloat16,
+                 0.5,
+                 total.at(0),
+                 terms.at(0),
+                 hits.get(),
+                 reinterpret_cast<double*>(lse.at(0)),
+                 nullptr,
+                 nullptr};
     if (run.task == HDC_BACKWARD) {  // first the logsumexps; the outputs of FORWARD are then no longer allowed
         std::vector<HdcProblem> first = problems;
         for (HdcProblem& p : first) p.dx = p.dy = HdcMatrix{};
@@ -192,14 +203,17 @@ int main() {
         for (int64_t dtype = HDC_FLOAT64; dtype <= HDC_FLOAT16; dtype++)
             for (int64_t threads = 1; threads <= 3; threads++)
                 for (int64_t symmetric = 0; symmetric <= 1; symmetric++) {
-                    const auto once = [&](const std::vector<Shape>& shapes) {
-                        const Layout layout = Layout(random_bits() % LAYOUTS);
-                        contrast({task, dtype, random_bits() >> 16 & 1, symmetric, threads, layout}, shapes);
-                        calls++;
+                    const bool rounds = hdc_has_bfloat16() && (dtype == HDC_FLOAT32 || dtype == HDC_BFLOAT16);
+                    const auto each = [&](const std::vector<Shape>& shapes) {
+                        for (int64_t bfloat16 = 0; bfloat16 <= int64_t(rounds); bfloat16++, calls++) {
+                            const Layout layout = Layout(random_bits() % LAYOUTS);
+                            const int64_t normalize = random_bits() >> 16 & 1;
+                            contrast({task, dtype, normalize, symmetric, threads, bfloat16, layout}, shapes);
+                        }
                     };
-                    for (const auto& shapes : square) once(shapes);
+                    for (const auto& shapes : square) each(shapes);
                     if (!symmetric)
-                        for (const auto& shapes : wide) once(shapes);
+                        for (const auto& shapes : wide) each(shapes);
                 }
     std::printf("%s: %ld calls\n", hdc_instruction_set(), long(calls));
 }

@@ -17,7 +17,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 INSTRUCTION_SETS = {
     "portable": (16, [], ""),
     "avx2": (32, ["-march=x86-64-v3"], "avx2"),
-    "avx512": (64, ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx512vl"),
+    "avx512": (64, ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx512vl"),
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Fresh memory is full of NaN; leaks are looked for where the system lets the sanitizer do so.
