@@ -174,7 +174,7 @@ def test_missing_video_is_named_before_training(videos: Path, tmp_path: Path) ->
     text = (videos / "manifest.csv").read_text().replace("UCF-101", str(videos / "UCF-101"))
     manifest = tmp_path / "manifest.csv"
     manifest.write_text(text.replace("v_Up_g01_c01", "v_Up_g99_c01"))
-    command = [sys.executable, "-m", "hdc.cli", "pretrain", f"--data={manifest}"]
+    command = [sys.executable, "-P", "-m", "hdc.cli", "pretrain", f"--data={manifest}"]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'run'}", *TRAIN], capture_output=True, text=True, check=False
     )

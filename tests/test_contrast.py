@@ -676,7 +676,8 @@ for query, key in ((x[0], x[1]), (x[0, 0], x[1, 0])):
 
 def in_a_new_process(script: str, **environment: str) -> str:
     """What the script prints."""
-    command = [sys.executable, "-c", script]
+    # -P: the installed package, not the sources, which lack the library.
+    command = [sys.executable, "-P", "-c", script]
     everything = {**os.environ, **environment}
     done = subprocess.run(command, env=everything, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -70,7 +70,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 def test_killed_and_resumed_equals_undisturbed(videos: Path, tmp_path: Path) -> None:
     """kill -9 twice, at moments nobody chose, resume each time: the same losses and weights, bit for bit."""
-    command = [sys.executable, "-m", "hdc.cli", "pretrain", f"--data={videos}", *TINY]
+    command = [sys.executable, "-P", "-m", "hdc.cli", "pretrain", f"--data={videos}", *TINY]
     command += ["--epochs=15", "--checkpoint_every=3", "--log_every=1", "--seed=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
