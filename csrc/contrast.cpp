@@ -51,6 +51,8 @@ int hdc_contrast(const HdcCall* call, const HdcProblem* problems) {
     }
 }
 
+int64_t hdc_interface_size() { return sizeof(HdcCall) + sizeof(HdcProblem); }
+
 const char* hdc_instruction_set() { return chosen().name; }
 
 int hdc_has_bfloat16() {

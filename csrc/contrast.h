@@ -39,6 +39,9 @@ struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embe
 // 0, or 1 if there is not enough memory for the scratch; nothing is then written.
 int hdc_contrast(const HdcCall* call, const HdcProblem* problems);
 
+// sizeof(HdcCall) + sizeof(HdcProblem): whoever packs other sizes was written for another version.
+int64_t hdc_interface_size();
+
 // The instruction set that hdc_contrast runs on: "avx512", "avx2" or "portable".
 const char* hdc_instruction_set();
 

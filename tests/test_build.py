@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,13 @@ def test_the_library_knows_neither_torch_nor_python() -> None:
     assert any(name.startswith("GOMP_parallel") for name in names)  # torch's pool of threads
     foreign = ("Py", "_Py", "at::", "c10::", "torch::", "THP", "aoti_")
     assert [name for name in names if name.startswith(foreign)] == []
+
+
+def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take what it is given for something else, and crash: it counts as missing."""
+    monkeypatch.setattr(cpu, "_CALL", struct.Struct("6qd6P"))
+    with pytest.raises(OSError, match="was built for another version; install this package again"):
+        cpu.library.__wrapped__()
 
 
 @pytest.fixture

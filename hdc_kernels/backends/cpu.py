@@ -25,8 +25,11 @@ _PROBLEM = struct.Struct("P3qP3qP3qP3q4qd")  # struct HdcProblem
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled library. Raises OSError where it was not built."""
+    """The compiled library. Raises OSError where it was not built, or from other sources than this file's."""
     loaded = ctypes.CDLL(str(LIBRARY))
+    size = getattr(loaded, "hdc_interface_size", lambda: 0)()
+    if size != _CALL.size + _PROBLEM.size:
+        raise OSError(f"{LIBRARY} was built for another version; install this package again")
     loaded.hdc_instruction_set.restype = ctypes.c_char_p
     return loaded
 
