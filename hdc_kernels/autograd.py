@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdc_kernels.call import Call, scale
+from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
 
@@ -136,16 +136,11 @@ def _gradient(
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
         *d_xy, d_tau = call.backward(tau, x, y, made[0], upstream)
-    elif (
-        upstream.device.type == "cpu" and upstream.item() == 1
-    ):  # mostly; on a GPU, asking would wait
-        *d_xy, d_tau = (
-            *(d if d.dtype == xy[0].dtype else d.to(xy[0].dtype) for d in made[:-1]),
-            made[-1],
-        )
+    elif scaled:
+        *d_xy, d_tau = (*(d.to(xy[0].dtype) for d in made[:-1]), made[-1])
     else:
         *d_xy, d_tau = scale(made, upstream, xy[0].dtype)
-    return None if tau is None else d_tau.to(tau.dtype).view(tau.shape), *d_xy
+    return temperature_gradient(d_tau, tau), *d_xy
 
 
 def _is_one(upstream: Tensor) -> bool:

@@ -80,3 +80,8 @@ class Call(NamedTuple):
 def scale(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16)."""
     return [*((d * upstream).to(dtype) for d in made[:-1]), made[-1] * upstream]
+
+
+def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:
+    """As a gradient of the tensor that the temperature was given as, if it was."""
+    return None if tau is None else d_tau.to(tau.dtype).view(tau.shape)

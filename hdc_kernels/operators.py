@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.call import Call, scale
+from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
 
@@ -35,15 +35,7 @@ def contrast_total(
 
 @contrast_total.register_fake
 def _(
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-    tau: Tensor | None,
-    weights: Sequence[float],
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
+    x: Sequence[Tensor], y: Sequence[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
     terms, hits = _flat(x, dtype), _flat(x, torch.bool)
@@ -63,11 +55,9 @@ def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _total_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        nothing = [None] * ctx.pairs
-        return nothing, nothing, *(None,) * 7
+        return _per_argument(ctx, None)
     xy, made = ctx.saved_tensors[: 2 * ctx.pairs], ctx.saved_tensors[2 * ctx.pairs :]
-    *d_xy, d_tau = contrast_scale(list(made), upstream, list(xy))
-    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 6
+    return _per_argument(ctx, contrast_scale(list(made), upstream, list(xy)))
 
 
 contrast_total.register_autograd(_total_backward, setup_context=_total_context)
@@ -135,12 +125,10 @@ def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        nothing = [None] * ctx.pairs
-        return nothing, nothing, *(None,) * 6
+        return _per_argument(ctx, None)
     *xy, lse = ctx.saved_tensors
     x, y = xy[: ctx.pairs], xy[ctx.pairs :]
-    *d_xy, d_tau = contrast_gradient(x, y, ctx.tau, *ctx.options, lse, upstream)
-    return d_xy[: ctx.pairs], d_xy[ctx.pairs :], _shaped(d_tau, ctx.tau), *(None,) * 5
+    return _per_argument(ctx, contrast_gradient(x, y, ctx.tau, *ctx.options, lse, upstream))
 
 
 contrast_terms.register_autograd(_terms_backward, setup_context=_terms_context)
@@ -165,18 +153,7 @@ def contrast_gradient(
 
 
 @contrast_gradient.register_fake
-def _(
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-    tau: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
-    lse: Tensor,
-    upstream: Tensor,
-) -> list[Tensor]:
+def _(x: Sequence[Tensor], y: Sequence[Tensor], *_: Any) -> list[Tensor]:
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
     return [*(torch.empty_like(t) for t in (*x, *y)), d_tau]
 
@@ -186,5 +163,12 @@ def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return x[0].new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
 
 
-def _shaped(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:
-    return None if tau is None else d_tau.to(tau.dtype).view(tau.shape)
+def _per_argument(ctx: Any, found: list[Tensor] | None) -> tuple[Any, ...]:
+    """(*dx, *dy, dτ) as one entry for each argument of the operator: x, y, τ, and its options."""
+    options = (None,) * (len(ctx.needs_input_grad) - 3)
+    if found is None:
+        nothing = [None] * ctx.pairs
+        return nothing, nothing, None, *options
+    *d_xy, d_tau = found
+    dx, dy = d_xy[: ctx.pairs], d_xy[ctx.pairs :]
+    return dx, dy, temperature_gradient(d_tau, ctx.tau), *options
