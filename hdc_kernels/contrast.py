@@ -17,6 +17,7 @@ from hdc_kernels.call import Call
 from hdc_kernels.selection import implementation, select
 
 Pair = tuple[Tensor, Tensor]
+PLAIN = ("torch", "chunked")  # what autograd sees through
 
 
 class Contrast(NamedTuple):
@@ -60,22 +61,33 @@ def contrast(
         len(pairs),
         rows_first,
     )
-    after = divisor if compiling and weights is not None else 1
-    if call.backend in ("torch", "chunked"):
-        value, terms, hits = call.plain(tau, x, y)
-        return Contrast(value / after, terms.detach(), hits)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (tau, *x, *y)
-    )
     if compiling:
-        options = (call.temperature, symmetric, normalize, rows_first, call.backend)
-        if weights is not None and differentiable:
-            value, terms, hits, _ = operators.contrast_total(x, y, tau, call.weights, *options)
-            return Contrast(value / after, terms, hits)
-        terms, hits, _ = operators.contrast_terms(x, y, tau, *options)
-        value = terms if weights is None else plain.total(call.problems(tau, x, y), terms)
-        return Contrast(value / after, terms.detach(), hits)
-    if differentiable:
+        value, terms, hits = _compiled(call, tau, x, y)
+        return Contrast(value if weights is None else value / divisor, terms.detach(), hits)
+    if call.backend in PLAIN:
+        value, terms, hits = call.plain(tau, x, y)
+        return Contrast(value, terms.detach(), hits)
+    if _differentiable(tau, x, y):
         return Contrast(*autograd.value(call, tau, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, x, y))
     return Contrast(result.loss if weights is None else result.total, result.loss, result.hits)
+
+
+def _compiled(
+    call: Call, tau: Tensor | None, x: tuple[Tensor, ...], y: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, terms and hits in operators that the compiler knows."""
+    if call.backend in PLAIN:
+        return call.plain(tau, x, y)
+    options = (call.temperature, call.symmetric, call.normalize, call.rows_first, call.backend)
+    if call.weights is not None and _differentiable(tau, x, y):
+        total, terms, hits, _ = operators.contrast_total(x, y, tau, call.weights, *options)
+        return total, terms, hits
+    terms, hits, _ = operators.contrast_terms(x, y, tau, *options)
+    if call.weights is None:
+        return terms, terms, hits
+    return plain.total(call.problems(tau, x, y), terms), terms, hits
+
+
+def _differentiable(tau: Tensor | None, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tau, *x, *y))

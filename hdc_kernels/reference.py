@@ -58,9 +58,12 @@ def info_nce(logits: Tensor, *, symmetric: bool = False) -> Tensor:
     return loss
 
 
-def top1(logits: Tensor) -> Tensor:
-    """Whether the positive beats every negative: [..., B, B] -> bool [..., B]. A tie is a miss, and so is NaN."""
-    positive = logits.diagonal(dim1=-2, dim2=-1)
+def top1(logits: Tensor, first: int = 0) -> Tensor:
+    """Whether the positive beats every negative: [..., B, N] -> bool [..., B]. A tie is a miss, and so is NaN.
+
+    The positive of row 0 is in column `first`.
+    """
+    positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
     beaten = (logits < positive.unsqueeze(-1)).sum(-1)  # no NaN counts as beaten
     return (beaten == logits.shape[-1] - 1) & ~positive.isnan()
 

@@ -60,6 +60,5 @@ def _chunk(
     """Rows' logsumexp, positive logit and hit [G, rows]; columns' logsumexp over these rows [G, N]."""
     logits = reference.cosine_logits(x, y, problems.temperature, normalize=problems.normalize)
     positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
-    beaten = (logits < positive.unsqueeze(-1)).sum(-1)
-    hits = (beaten == y.shape[1] - 1) & ~positive.isnan()
+    hits = reference.top1(logits, first)
     return logits.logsumexp(-1), positive, hits, logits.logsumexp(-2)
