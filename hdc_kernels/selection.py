@@ -6,7 +6,8 @@ The rule of "auto":
     CUDA tensors     "triton", if Triton is installed and the GPU is an Ampere or newer, but not for float64
     anything else    "torch" up to PLAIN_LOGITS logits, "chunked" above
 
-`bench/results/README.md` says what was measured to arrive at it.
+That of CPU tensors is measured, at every size in `bench/results/README.md`; that of CUDA tensors is not yet.
+PLAIN_LOGITS bounds memory: below it, plain PyTorch is faster than its chunks.
 """
 
 import functools

@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hdc_kernels.backends import Problems
-from hdc_kernels.backends.triton import general, memory, small
+from hdc_kernels.backends import Problems, outputs
+from hdc_kernels.backends.triton import general, small
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,8 +56,8 @@ def record(problems: Problems, module: Any) -> list[Any]:
     for name, value in list(vars(module).items()):
         if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
             setattr(module, name, Recorder(value, launches))
-    rows = memory.empty_rows(problems)
-    dx, dy = (memory.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
+    rows = outputs.empty_rows(problems)
+    dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     module.contrast(problems, rows, None, dx, dy)
     for name, value in list(vars(module).items()):
         if isinstance(value, Recorder):

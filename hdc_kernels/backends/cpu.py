@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.outputs import LSE_DTYPE, empty_gradients, empty_rows
 
-LSE_DTYPE = torch.float64
+__all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
+
 LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 
 _FORWARD, _BACKWARD, _STEP = range(3)
@@ -53,7 +55,7 @@ def forward(problems: Problems) -> Terms:
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
-    gradients = _empty_gradients(problems, problems.x[0].dtype)
+    gradients = _empty_gradients(problems)
     terms = Terms(lse, lse, lse, lse)  # only lse is read
     _call(_BACKWARD, problems, terms, gradients, upstream.contiguous())
     return gradients
@@ -83,20 +85,14 @@ def multiplies_bfloat16() -> bool:
 
 
 def _empty_terms(problems: Problems) -> Terms:
-    rows = sum(x.shape[0] * x.shape[1] for x in problems.x)
-    dtype = reference.compute_dtype(problems.x[0].dtype)
-    return Terms(
-        total=torch.empty((), dtype=dtype),
-        loss=torch.empty(rows, dtype=dtype),
-        hits=torch.empty(rows, dtype=torch.bool),
-        lse=torch.empty((1 + problems.symmetric, rows), dtype=LSE_DTYPE),
-    )
+    rows = empty_rows(problems)
+    return Terms(torch.empty((), dtype=rows.loss.dtype), *rows)
 
 
-def _empty_gradients(problems: Problems, dtype: torch.dtype) -> Gradients:
+def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
     return Gradients(
-        x=tuple(torch.empty_like(x, dtype=dtype) for x in problems.x),
-        y=tuple(torch.empty_like(y, dtype=dtype) for y in problems.y),
+        x=empty_gradients(problems.x, dtype),
+        y=empty_gradients(problems.y, dtype),
         temperature=torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
     )
 

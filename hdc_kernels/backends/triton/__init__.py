@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows
 from hdc_kernels.backends.triton import general, small
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
-from hdc_kernels.backends.triton.memory import LSE_DTYPE, Rows, empty_gradients, empty_rows
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "step"]
 

@@ -46,6 +46,12 @@ def unit_rows(x, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def load_units(elements, mask, NORMALIZE: tl.constexpr):
+    """`unit_rows` of embeddings [R, D] in memory, whatever their dtype."""
+    return unit_rows(tl.load(elements, mask, 0.0).to(tl.float32), NORMALIZE)
+
+
+@triton.jit
 def unit_rows_backward(unit, inverse, gradient, NORMALIZE: tl.constexpr):
     """Gradient by x̂ [R, D] -> gradient by x [R, D], and x̂ · gradient [R]."""
     along = tl.sum(unit * gradient, 1)

@@ -14,6 +14,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 from hdc_kernels.backends import Problems
+from hdc_kernels.backends.outputs import Rows
 from hdc_kernels.backends.triton import tiles
 from hdc_kernels.backends.triton.arithmetic import LOG2_E
 from hdc_kernels.backends.triton.gradient import gradient_kernel, weights_kernel
@@ -23,7 +24,7 @@ from hdc_kernels.backends.triton.logsumexp import (
     logsumexp_kernel,
     terms_kernel,
 )
-from hdc_kernels.backends.triton.memory import Rows, precision, strides
+from hdc_kernels.backends.triton.memory import precision, strides
 from hdc_kernels.backends.triton.pack import pack_kernel
 from hdc_kernels.backends.triton.unpack import unpack_kernel
 

@@ -15,7 +15,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from hdc_kernels.backends.triton.addressing import rows_of_pair
-from hdc_kernels.backends.triton.arithmetic import inverse_temperature, narrow, unit_rows
+from hdc_kernels.backends.triton.arithmetic import inverse_temperature, load_units, narrow
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def pack_kernel(
     y_mask = (row < N)[:, None] & (dimension < D)[None, :]
     x_rows = rows_of_pair(x, x_strides, firsts, problem, row, BLOCK_D)
     y_rows = rows_of_pair(y, y_strides, firsts, problem, row, BLOCK_D)
-    x_unit, _x_inverse = unit_rows(tl.load(x_rows, x_mask, 0.0).to(tl.float32), NORMALIZE)
-    y_unit, _y_inverse = unit_rows(tl.load(y_rows, y_mask, 0.0).to(tl.float32), NORMALIZE)
+    x_unit, _x_inverse = load_units(x_rows, x_mask, NORMALIZE)
+    y_unit, _y_inverse = load_units(y_rows, y_mask, NORMALIZE)
 
     dtype: tl.constexpr = x_units.dtype.element_ty
     inside = (dimension < D_PADDED)[None, :]

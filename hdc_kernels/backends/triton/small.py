@@ -24,6 +24,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from torch import Tensor
 
 from hdc_kernels.backends import Problems
+from hdc_kernels.backends.outputs import Rows
 from hdc_kernels.backends.triton.addressing import of_pair, rows_of_pair
 from hdc_kernels.backends.triton.arithmetic import (
     LN_2,
@@ -33,22 +34,16 @@ from hdc_kernels.backends.triton.arithmetic import (
     finite_shift,
     gain,
     inverse_temperature,
+    load_units,
     log_total,
     narrow,
     product,
     sigmoid,
     softplus,
-    unit_rows,
     unit_rows_backward,
 )
-from hdc_kernels.backends.triton.memory import Rows, strides
+from hdc_kernels.backends.triton.memory import strides
 from hdc_kernels.backends.triton.tiles import block_size, fits_one_program
-
-
-@triton.jit
-def _load_units(elements, mask, NORMALIZE: tl.constexpr):
-    """x̂ in float32 and 1/|x| of rows of embeddings."""
-    return unit_rows(tl.load(elements, mask, 0.0).to(tl.float32), NORMALIZE)
 
 
 @triton.jit
@@ -99,8 +94,8 @@ def contrast_kernel(
     scale = inverse_temperature(temperature, LEARNED)
     k = scale * LOG2_E
 
-    x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
-    y_unit, _y_inverse = _load_units(y_rows, mask, NORMALIZE)
+    x_unit, x_inverse = load_units(x_rows, mask, NORMALIZE)
+    y_unit, _y_inverse = load_units(y_rows, mask, NORMALIZE)
     positive = tl.sum(x_unit * y_unit, 1) * scale
     x_narrow = narrow(x_unit, dtype)
 
@@ -112,7 +107,7 @@ def contrast_kernel(
         column = column0 + tl.arange(0, COLUMNS)
         key_mask = (column < N)[:, None] & dimension[None, :]
         key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
-        key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
+        key, key_inverse = load_units(key_rows, key_mask, NORMALIZE)
         cosine = product(x_narrow, tl.trans(narrow(key, dtype)))
         # The positive's cosine by the same product as the others': equal vectors must tie exactly.
         diagonal = row[:, None] == column[None, :]
@@ -159,7 +154,7 @@ def contrast_kernel(
             diagonal = row[:, None] == column[None, :]
             key_mask = (column < N)[:, None] & dimension[None, :]
             key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
-            key, key_inverse = _load_units(key_rows, key_mask, NORMALIZE)
+            key, key_inverse = load_units(key_rows, key_mask, NORMALIZE)
             key_narrow = narrow(key, dtype)
             cosine = product(x_narrow, tl.trans(key_narrow))
             cosine = _negatives(cosine, row, column, M, N)
@@ -178,7 +173,7 @@ def contrast_kernel(
 
             query_mask = (column < M)[:, None] & dimension[None, :]
             query_rows = rows_of_pair(x, x_strides, firsts, problem, column, BLOCK_D)
-            query, _query_inverse = _load_units(query_rows, query_mask, NORMALIZE)
+            query, _query_inverse = load_units(query_rows, query_mask, NORMALIZE)
             dkey = product(tl.trans(share), x_narrow) * (largest / GAIN)
             dkey = (dkey - query * _turn(diagonal, pull)[:, None]) * scale
             dkey, _dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
@@ -190,8 +185,8 @@ def contrast_kernel(
         else:
             dx_unit *= (row_weight / GAIN)[:, None]
         # Read once more: kept since the beginning, x and y would not fit beside the products.
-        x_unit, x_inverse = _load_units(x_rows, mask, NORMALIZE)
-        y_unit, _y_inverse = _load_units(y_rows, mask, NORMALIZE)
+        x_unit, x_inverse = load_units(x_rows, mask, NORMALIZE)
+        y_unit, _y_inverse = load_units(y_rows, mask, NORMALIZE)
         dx_unit = (dx_unit - y_unit * pull[:, None]) * scale
         gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
         tl.store(

@@ -19,8 +19,8 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from hdc_kernels.backends.triton.addressing import rows_of_pair
 from hdc_kernels.backends.triton.arithmetic import (
     inverse_temperature,
+    load_units,
     narrow,
-    unit_rows,
     unit_rows_backward,
 )
 
@@ -64,8 +64,8 @@ def unpack_kernel(
     y_mask = (row < N)[:, None] & (dimension < D)[None, :]
     x_rows = rows_of_pair(x, x_strides, firsts, problem, row, BLOCK_D)
     y_rows = rows_of_pair(y, y_strides, firsts, problem, row, BLOCK_D)
-    x_unit, x_inverse = unit_rows(tl.load(x_rows, x_mask, 0.0).to(tl.float32), NORMALIZE)
-    y_unit, y_inverse = unit_rows(tl.load(y_rows, y_mask, 0.0).to(tl.float32), NORMALIZE)
+    x_unit, x_inverse = load_units(x_rows, x_mask, NORMALIZE)
+    y_unit, y_inverse = load_units(y_rows, y_mask, NORMALIZE)
     pull = tl.load(weight + problem * M_PADDED + row, row < M, 0.0)
     if SYMMETRIC:
         pull += tl.load(weight + (G + problem) * M_PADDED + row, row < M, 0.0)

@@ -1,0 +1,38 @@
+"""Room for what a backend returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Problems
+
+# At a small temperature a logsumexp is large: rounding it to float32 would change a whole row.
+LSE_DTYPE = torch.float64
+
+
+class Rows(NamedTuple):
+    """What is kept of every row; `Terms` without their total."""
+
+    loss: Tensor  # [T]
+    hits: Tensor  # [T]
+    lse: Tensor  # [1 or 2, T]
+
+
+def empty_rows(problems: Problems) -> Rows:
+    """For every row of every problem."""
+    rows = sum(x.shape[0] * x.shape[1] for x in problems.x)
+    device, dtype = problems.x[0].device, reference.compute_dtype(problems.x[0].dtype)
+    return Rows(
+        torch.empty(rows, dtype=dtype, device=device),
+        torch.empty(rows, dtype=torch.bool, device=device),
+        torch.empty((1 + problems.symmetric, rows), dtype=LSE_DTYPE, device=device),
+    )
+
+
+def empty_gradients(
+    embeddings: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Laid out as the embeddings are, and of their dtype if none is given."""
+    return tuple(torch.empty_like(embedding, dtype=dtype) for embedding in embeddings)
