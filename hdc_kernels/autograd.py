@@ -13,24 +13,28 @@ from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
 
-def value(call: Call, tau: Tensor | None, xy: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def value(
+    call: Call, tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value (which has gradients), terms and hits."""
     # Under torch.func, results travel by `setup_context`, which costs 15 µs more a call.
     if torch._C._are_functorch_transforms_active():
-        result, hits, *rest = TransformedValue.apply(call, tau, *xy)
+        result, hits, *rest = TransformedValue.apply(call, tau, bias, *xy)
     else:
-        result, hits, *rest = Value.apply(call, tau, *xy)
+        result, hits, *rest = Value.apply(call, tau, bias, *xy)
     return result, result.detach() if call.weights is None else rest[0], hits
 
 
 class Value(torch.autograd.Function):
-    """(call, τ or None, *x, *y) -> (value, hits), with weights also the terms."""
+    """(call, τ or None, bias or None, *x, *y) -> (value, hits), with weights also the terms."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
-        shown, made = _evaluate(call, tau, xy)
+    def forward(
+        ctx: Any, call: Call, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
+    ) -> tuple[Tensor, ...]:
+        shown, made = _evaluate(call, tau, bias, xy)
         ctx.call, ctx.made = call, made
-        ctx.save_for_backward(tau, *xy)
+        ctx.save_for_backward(tau, bias, *xy)
         ctx.mark_non_differentiable(*shown[1:])
         ctx.set_materialize_grads(False)
         return shown
@@ -39,22 +43,25 @@ class Value(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        made = ctx.made or _evaluate(ctx.call, ctx.saved_tensors[0], ctx.saved_tensors[1:])[1]
+        tau, bias, *xy = ctx.saved_tensors
+        made = ctx.made or _evaluate(ctx.call, tau, bias, xy)[1]
         if torch.is_grad_enabled():
-            return None, *Gradient.apply(ctx.call, upstream, *ctx.saved_tensors, *made)
+            return None, *Gradient.apply(ctx.call, upstream, tau, bias, *xy, *made)
         # Gradients that need no scaling are given away, not copied: a second pass makes new ones.
         give_away = ctx.call.weights is not None and _is_one(upstream)
         if give_away:
             ctx.made = None
-        return None, *_gradient(ctx.call, upstream, *ctx.saved_tensors, *made, scaled=give_away)
+        return None, *_gradient(ctx.call, upstream, tau, bias, *xy, *made, scaled=give_away)
 
 
 class TransformedValue(torch.autograd.Function):
     """`Value`, showing to torch.func what it saves: what it made on the way comes out behind the rest."""
 
     @staticmethod
-    def forward(call: Call, tau: Tensor | None, *xy: Tensor) -> tuple[Tensor, ...]:
-        shown, made = _evaluate(call, tau, xy)
+    def forward(
+        call: Call, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
+    ) -> tuple[Tensor, ...]:
+        shown, made = _evaluate(call, tau, bias, xy)
         return *shown, *made
 
     @staticmethod
@@ -82,7 +89,7 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors[: 2 + 2 * ctx.call.pairs])
+        ctx.save_for_backward(*tensors[: 3 + 2 * ctx.call.pairs])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
@@ -97,17 +104,17 @@ class Gradient(torch.autograd.Function):
             else t.detach().requires_grad_()
             for t in ctx.saved_tensors
         ]
-        first, tau, *xy = inputs
-        variables = [t for t in (tau, *xy) if t is not None]
+        first, tau, bias, *xy = inputs
+        variables = [t for t in inputs[1:] if t is not None]
         with torch.enable_grad():
             whole = call._replace(backend="torch")
-            value, _, _ = whole.plain(tau, xy[: call.pairs], xy[call.pairs :])
+            value, _, _ = whole.plain(tau, bias, xy[: call.pairs], xy[call.pairs :])
             slopes = torch.autograd.grad(value, variables, first, create_graph=True)
             found = iter(
                 torch.autograd.grad(
                     slopes,
                     [first, *variables],
-                    [g for g, t in zip(upstream, (tau, *xy), strict=True) if t is not None],
+                    [g for g, t in zip(upstream, inputs[1:], strict=True) if t is not None],
                     create_graph=again,
                     allow_unused=True,
                 )
@@ -117,30 +124,36 @@ class Gradient(torch.autograd.Function):
 
 
 def _evaluate(
-    call: Call, tau: Tensor | None, xy: Sequence[Tensor]
+    call: Call, tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
     """What `Value` shows, and what it keeps for `_gradient`: the total's gradients, or logsumexps."""
     x, y = xy[: call.pairs], xy[call.pairs :]
     if call.weights is None:
-        result = implementation(call.backend).forward(call.problems(tau, x, y))
+        result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
         return (result.loss, result.hits), [result.lse]
-    total, terms, hits, made = call.step(tau, x, y)
+    total, terms, hits, made = call.step(tau, bias, x, y)
     return (total, hits, terms), made
 
 
 def _gradient(
-    call: Call, upstream: Tensor, tau: Tensor | None, *rest: Tensor, scaled: bool = False
+    call: Call,
+    upstream: Tensor,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    *rest: Tensor,
+    scaled: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, *dx, *dy) out of what `_evaluate` made; `scaled` if the upstream gradient is in it."""
-    xy, made = rest[: 2 * call.pairs], rest[2 * call.pairs :]
+    """(dτ or None, dbias or None, *dx, *dy) out of what `_evaluate` made; `scaled`: the upstream gradient is in it."""
+    xy: Sequence[Tensor] = rest[: 2 * call.pairs]
+    made: Sequence[Tensor] = rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
-        *d_xy, d_tau = call.backward(tau, x, y, made[0], upstream)
-    elif scaled:
-        *d_xy, d_tau = (*(d.to(xy[0].dtype) for d in made[:-1]), made[-1])
-    else:
-        *d_xy, d_tau = scale(made, upstream, xy[0].dtype)
-    return temperature_gradient(d_tau, tau), *d_xy
+        made = call.backward(tau, bias, x, y, made[0], upstream)
+    elif not scaled:
+        made = scale(made, upstream, xy)
+    d_tau, *others = made
+    d_bias = None if bias is None else others.pop(0)
+    return temperature_gradient(d_tau, tau), d_bias, *(d.to(xy[0].dtype) for d in others)
 
 
 def _is_one(upstream: Tensor) -> bool:

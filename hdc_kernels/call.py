@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from hdc_kernels.backends import Problems, plain
+from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, plain
 from hdc_kernels.selection import implementation
 
 
@@ -20,8 +19,12 @@ class Call(NamedTuple):
     normalize: bool
     pairs: int
     rows_first: int  # so many of the pairs are [M, G, D] and [N, G, D]
+    function: Function = "info_nce"
+    mask: Mask = EVERYTHING
 
-    def problems(self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]) -> Problems:
+    def problems(
+        self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+    ) -> Problems:
         """What a backend takes."""
         return Problems(
             self._grouped(x),
@@ -30,36 +33,46 @@ class Call(NamedTuple):
             self.temperature if tau is None else tau,
             self.normalize,
             self.symmetric,
+            self.function,
+            self.mask,
+            bias,
         )
 
     def plain(
-        self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+        self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value, terms and hits in differentiable PyTorch."""
-        problems = self.problems(tau, x, y)
+        problems = self.problems(tau, bias, x, y)
         terms, hits = plain.terms(problems, chunked=self.backend == "chunked")
         return terms if self.weights is None else plain.total(problems, terms), terms, hits
 
     def step(
-        self, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+        self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Total, terms, hits, and for `scale` the total's gradients (*dx, *dy, dτ)."""
-        terms, gradients = implementation(self.backend).step(self.problems(tau, x, y))
-        made = [*self._like(gradients.x, x), *self._like(gradients.y, y), gradients.temperature]
-        return terms.total, terms.loss, terms.hits, made
+        """Total, terms, hits, and for `scale` the total's gradients (dτ, dbias if there is one, *dx, *dy)."""
+        terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
+        return terms.total, terms.loss, terms.hits, self._listed(gradients, x, y)
 
     def backward(
         self,
         tau: Tensor | None,
+        bias: Tensor | None,
         x: Sequence[Tensor],
         y: Sequence[Tensor],
         lse: Tensor,
         upstream: Tensor,
     ) -> list[Tensor]:
-        """(*dx, *dy, dτ) of Σ upstream · terms."""
-        problems = self.problems(tau, x, y)
-        gradients = implementation(self.backend).backward(problems, lse, upstream)
-        return [*self._like(gradients.x, x), *self._like(gradients.y, y), gradients.temperature]
+        """(dτ, dbias if there is one, *dx, *dy) of Σ upstream · terms."""
+        problems = self.problems(tau, bias, x, y)
+        return self._listed(implementation(self.backend).backward(problems, lse, upstream), x, y)
+
+    def _listed(
+        self, gradients: Gradients, x: Sequence[Tensor], y: Sequence[Tensor]
+    ) -> list[Tensor]:
+        scalars = [gradients.temperature]
+        if gradients.bias is not None:
+            scalars.append(gradients.bias)
+        return [*scalars, *self._like(gradients.x, x), *self._like(gradients.y, y)]
 
     def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each as [G, rows, D]."""
@@ -77,9 +90,13 @@ class Call(NamedTuple):
         ]
 
 
-def scale(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
     """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16)."""
-    return [*((d * upstream).to(dtype) for d in made[:-1]), made[-1] * upstream]
+    scalars = len(made) - len(xy)
+    return [
+        *(d * upstream for d in made[:scalars]),
+        *((d * upstream).to(xy[0].dtype) for d in made[scalars:]),
+    ]
 
 
 def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import autograd, operators
-from hdc_kernels.backends import plain
+from hdc_kernels.backends import EVERYTHING, Function, Mask, plain
 from hdc_kernels.call import Call
 from hdc_kernels.selection import implementation, select
 
@@ -40,9 +40,12 @@ def contrast(
     symmetric: bool = False,
     normalize: bool = True,
     rows_first: int = 0,
+    function: Function = "info_nce",
+    mask: Mask = EVERYTHING,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Contrast:
-    """The InfoNCE term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
+    """The term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
 
     With `weights`, one per pair, the value is the weighted total and its gradients are made on the way, so
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
@@ -52,42 +55,63 @@ def contrast(
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
     compiling = torch.compiler.is_compiling()
+    special = function != "info_nce" or mask.ids is not None
     call = Call(
-        select(backend, x, y, rows_first),
+        select("torch" if special and backend != "chunked" else backend, x, y, rows_first),
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
         normalize,
         len(pairs),
         rows_first,
+        function,
+        mask,
     )
     if compiling:
-        value, terms, hits = _compiled(call, tau, x, y)
+        value, terms, hits = _compiled(call, tau, bias, x, y)
         return Contrast(value if weights is None else value / divisor, terms.detach(), hits)
     if call.backend in PLAIN:
-        value, terms, hits = call.plain(tau, x, y)
+        value, terms, hits = call.plain(tau, bias, x, y)
         return Contrast(value, terms.detach(), hits)
-    if _differentiable(tau, x, y):
-        return Contrast(*autograd.value(call, tau, (*x, *y)))
-    result = implementation(call.backend).forward(call.problems(tau, x, y))
+    if _differentiable(tau, bias, x, y):
+        return Contrast(*autograd.value(call, tau, bias, (*x, *y)))
+    result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     return Contrast(result.loss if weights is None else result.total, result.loss, result.hits)
 
 
 def _compiled(
-    call: Call, tau: Tensor | None, x: tuple[Tensor, ...], y: tuple[Tensor, ...]
+    call: Call,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    x: tuple[Tensor, ...],
+    y: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, terms and hits in operators that the compiler knows."""
     if call.backend in PLAIN:
-        return call.plain(tau, x, y)
-    options = (call.temperature, call.symmetric, call.normalize, call.rows_first, call.backend)
-    if call.weights is not None and _differentiable(tau, x, y):
-        total, terms, hits, _ = operators.contrast_total(x, y, tau, call.weights, *options)
+        return call.plain(tau, bias, x, y)
+    tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)))
+    options = (
+        call.temperature,
+        call.symmetric,
+        call.normalize,
+        call.rows_first,
+        call.backend,
+        call.function,
+        call.mask.diagonal,
+        call.mask.same,
+    )
+    if call.weights is not None and _differentiable(tau, bias, x, y):
+        total, terms, hits, _ = operators.contrast_total(*tensors, call.weights, *options)
         return total, terms, hits
-    terms, hits, _ = operators.contrast_terms(x, y, tau, *options)
+    terms, hits, _ = operators.contrast_terms(*tensors, *options)
     if call.weights is None:
         return terms, terms, hits
-    return plain.total(call.problems(tau, x, y), terms), terms, hits
+    return plain.total(call.problems(tau, bias, x, y), terms), terms, hits
 
 
-def _differentiable(tau: Tensor | None, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tau, *x, *y))
+def _differentiable(
+    tau: Tensor | None, bias: Tensor | None, x: tuple[Tensor, ...], y: tuple[Tensor, ...]
+) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (tau, bias, *x, *y)
+    )

@@ -12,40 +12,50 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
+from hdc_kernels.backends import Mask
 from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
+# What every operator takes: the embeddings, then what `_call` and `Call.problems` make of the rest.
+INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids"
+OPTIONS = (
+    "float temperature, bool symmetric, bool normalize, int rows_first, str backend, str function, "
+    "bool diagonal, bool same"
+)
 
-@torch.library.custom_op("hdc_kernels::contrast_total", mutates_args=())
+
+@torch.library.custom_op(
+    "hdc_kernels::contrast_total",
+    mutates_args=(),
+    schema=f"({INPUTS}, float[] weights, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
 def contrast_total(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
     tau: Tensor | None,
+    bias: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
     weights: Sequence[float],
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Total, terms, hits, and the total's gradients (*dx, *dy, dτ) in the dtype it is computed in."""
-    call = Call(backend, tuple(weights), temperature, symmetric, normalize, len(x), rows_first)
-    return call.step(tau, x, y)
+    """Total, terms, hits, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
+    return _call(len(x), weights, x_ids, y_ids, options).step(tau, bias, x, y)
 
 
 @contrast_total.register_fake
 def _(
-    x: Sequence[Tensor], y: Sequence[Tensor], *_: Any
+    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
     terms, hits = _flat(x, dtype), _flat(x, torch.bool)
     scalar = x[0].new_empty((), dtype=dtype)
     made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
-    return scalar, terms, hits, [*made, torch.empty_like(scalar)]
+    return scalar, terms, hits, [*_scalars(scalar, bias), *made]
 
 
 def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, y, ctx.tau, *_ = inputs
+    x, y, ctx.tau, ctx.bias, *_ = inputs
     _, terms, hits, made = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, *made)
@@ -70,31 +80,35 @@ def contrast_scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor
     An operator only so that it depends on `xy` and has no derivative by it: PyTorch then raises where a second
     derivative is asked for, which `made` alone would silently lack.
     """
-    return scale(made, upstream, xy[0].dtype)
+    return scale(made, upstream, xy)
 
 
 @contrast_scale.register_fake
 def _(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
+    scalars = len(made) - len(xy)
     return [
-        *(torch.empty_like(d, dtype=xy[0].dtype) for d in made[:-1]),
-        torch.empty_like(made[-1]),
+        *(torch.empty_like(d) for d in made[:scalars]),
+        *(torch.empty_like(d, dtype=xy[0].dtype) for d in made[scalars:]),
     ]
 
 
-@torch.library.custom_op("hdc_kernels::contrast_terms", mutates_args=())
+@torch.library.custom_op(
+    "hdc_kernels::contrast_terms",
+    mutates_args=(),
+    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
 def contrast_terms(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
     tau: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
+    bias: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, hits and logsumexps."""
-    call = Call(backend, None, temperature, symmetric, normalize, len(x), rows_first)
-    result = implementation(backend).forward(call.problems(tau, x, y))
+    call = _call(len(x), None, x_ids, y_ids, options)
+    result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     return result.loss, result.hits, result.lse
 
 
@@ -103,19 +117,20 @@ def _(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
     tau: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
+    bias: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = _call(len(x), None, x_ids, y_ids, options)
     terms = _flat(x, reference.compute_dtype(x[0].dtype))
-    lse = implementation(backend).LSE_DTYPE
-    return terms, _flat(x, torch.bool), terms.new_empty((1 + symmetric, terms.shape[0]), dtype=lse)
+    lse = implementation(call.backend).LSE_DTYPE
+    shape = (1 + call.symmetric, terms.shape[0])
+    return terms, _flat(x, torch.bool), terms.new_empty(shape, dtype=lse)
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, y, ctx.tau, *ctx.options = inputs
+    x, y, ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, *ctx.options = inputs
     _, hits, lse = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, lse)
@@ -127,35 +142,62 @@ def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ..
     if upstream is None:
         return _per_argument(ctx, None)
     *xy, lse = ctx.saved_tensors
-    x, y = xy[: ctx.pairs], xy[ctx.pairs :]
-    return _per_argument(ctx, contrast_gradient(x, y, ctx.tau, *ctx.options, lse, upstream))
+    inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids
+    return _per_argument(ctx, contrast_gradient(*inputs, lse, upstream, *ctx.options))
 
 
 contrast_terms.register_autograd(_terms_backward, setup_context=_terms_context)
 
 
-@torch.library.custom_op("hdc_kernels::contrast_gradient", mutates_args=())
+@torch.library.custom_op(
+    "hdc_kernels::contrast_gradient",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor lse, Tensor upstream, {OPTIONS}) -> Tensor[]",
+)
 def contrast_gradient(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
     tau: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    rows_first: int,
-    backend: str,
+    bias: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
     lse: Tensor,
     upstream: Tensor,
+    *options: Any,
 ) -> list[Tensor]:
-    """(*dx, *dy, dτ) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
-    call = Call(backend, None, temperature, symmetric, normalize, len(x), rows_first)
-    return call.backward(tau, x, y, lse, upstream)
+    """(dτ, dbias if any, *dx, *dy) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
+    call = _call(len(x), None, x_ids, y_ids, options)
+    return call.backward(tau, bias, x, y, lse, upstream)
 
 
 @contrast_gradient.register_fake
-def _(x: Sequence[Tensor], y: Sequence[Tensor], *_: Any) -> list[Tensor]:
+def _(
+    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
+) -> list[Tensor]:
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
-    return [*(torch.empty_like(t) for t in (*x, *y)), d_tau]
+    return [*_scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
+
+
+def _call(
+    pairs: int,
+    weights: Sequence[float] | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    options: Sequence[Any],
+) -> Call:
+    temperature, symmetric, normalize, rows_first, backend, function, diagonal, same = options
+    ids = None if x_ids is None or y_ids is None else (x_ids, y_ids)
+    return Call(
+        backend,
+        None if weights is None else tuple(weights),
+        temperature,
+        symmetric,
+        normalize,
+        pairs,
+        rows_first,
+        function,
+        Mask(diagonal, ids, same),
+    )
 
 
 def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -163,12 +205,18 @@ def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return x[0].new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
 
 
+def _scalars(d_tau: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Room for (dτ, dbias if any)."""
+    return [torch.empty_like(d_tau)] + ([] if bias is None else [torch.empty_like(bias)])
+
+
 def _per_argument(ctx: Any, found: list[Tensor] | None) -> tuple[Any, ...]:
-    """(*dx, *dy, dτ) as one entry for each argument of the operator: x, y, τ, and its options."""
-    options = (None,) * (len(ctx.needs_input_grad) - 3)
+    """(dτ, dbias if any, *dx, *dy) as one entry for each argument of the operator: x, y, τ, bias, and the rest."""
+    rest = (None,) * (len(ctx.needs_input_grad) - 4)
     if found is None:
         nothing = [None] * ctx.pairs
-        return nothing, nothing, None, *options
-    *d_xy, d_tau = found
-    dx, dy = d_xy[: ctx.pairs], d_xy[ctx.pairs :]
-    return dx, dy, temperature_gradient(d_tau, ctx.tau), *options
+        return nothing, nothing, None, None, *rest
+    d_tau, *others = found
+    d_bias = None if ctx.bias is None else others.pop(0)
+    dx, dy = others[: ctx.pairs], others[ctx.pairs :]
+    return dx, dy, temperature_gradient(d_tau, ctx.tau), d_bias, *rest

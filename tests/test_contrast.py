@@ -1015,7 +1015,7 @@ def test_torch_func(dtype: torch.dtype, symmetric: bool, reduction: Any) -> None
 
 
 def operator_arguments() -> list[tuple[Any, ...]]:
-    """(x, y, tau, temperature, symmetric, normalize) as the operators take them."""
+    """(x, y, tau, temperature, symmetric, normalize, rows_first) as the operators take them."""
 
     def ready(*tensors: Tensor) -> list[Tensor]:
         return [t.detach().requires_grad_() for t in tensors]
@@ -1040,13 +1040,15 @@ def test_operators_are_sound(case: int) -> None:
     x, y, tau, *options = operator_arguments()[case]
     operators = torch.ops.hdc_kernels
     weights = [0.5, -1.5][: len(x)]
-    torch.library.opcheck(operators.contrast_total, (x, y, tau, weights, *options, "cpu"))
-    torch.library.opcheck(operators.contrast_terms, (x, y, tau, *options, "cpu"))
+    nothing = (None, None, None)  # neither a bias nor ids
+    rest = (*options, "cpu", "info_nce", True, False)
+    torch.library.opcheck(operators.contrast_total, (x, y, tau, *nothing, weights, *rest))
+    torch.library.opcheck(operators.contrast_terms, (x, y, tau, *nothing, *rest))
     with torch.no_grad():
-        terms, _, lse = operators.contrast_terms(x, y, tau, *options, "cpu")
+        terms, _, lse = operators.contrast_terms(x, y, tau, *nothing, *rest)
     x, y = ([t.detach() for t in side] for side in (x, y))
     tau = None if tau is None else tau.detach()
-    arguments = (x, y, tau, *options, "cpu", lse, torch.ones_like(terms))
+    arguments = (x, y, tau, *nothing, lse, torch.ones_like(terms), *rest)
     torch.library.opcheck(operators.contrast_gradient, arguments)
 
 

@@ -2,7 +2,7 @@
 
 A backend is a module with three functions, none of which is seen by autograd:
 
-    forward(problems) -> Terms                            the loss term of every row
+    forward(problems) -> Terms                            the term of every row
     backward(problems, lse, upstream) -> Gradients        of Σ upstream · terms
     step(problems) -> (Terms, Gradients)                  both at once, of Σ_k weights[k] · Σ terms_k
 
@@ -10,18 +10,37 @@ A backend is a module with three functions, none of which is seen by autograd:
 a CPU) or a launch (on a GPU). A backend knows nothing of losses, and a loss nothing of backends.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+# What row i becomes, with its logits s_ij. Only "info_nce" sets its positive, j = i, apart from the others.
+#     info_nce     log(1 + exp(lse_i − s_ii)), lse_i = log Σ_{j≠i} exp s_ij
+#     logsumexp    lse_i = log Σ_j exp s_ij, −∞ where there is no j
+#     softplus     Σ_j log(1 + exp(s_ij + bias_i))
+Function = Literal["info_nce", "logsumexp", "softplus"]
+
+
+class Mask(NamedTuple):
+    """Which columns j a row's sum goes over; the positive of "info_nce" stands whatever its ids are."""
+
+    diagonal: bool = True  # False leaves out j = i ("info_nce" always does)
+    ids: tuple[Tensor, Tensor] | None = (
+        None  # of rows [G, M] and columns [G, N], int64; with K = 1 only
+    )
+    same: bool = False  # over columns of the row's id, rather than of any other
+
+
+EVERYTHING = Mask()
 
 
 class Problems(NamedTuple):
     """K pairs of embeddings, each of G_k independent problems; all of one dtype and device.
 
-    Pair k is x[k] of [G_k, M_k, D_k] and y[k] of [G_k, N_k, D_k], N_k ≥ M_k, of any strides. Row i of x
-    has its positive in row i of y; every other row of y is a negative. Logits are cosines (dot products
-    without `normalize`) over the temperature. `symmetric` needs M_k = N_k.
+    Pair k is x[k] of [G_k, M_k, D_k] and y[k] of [G_k, N_k, D_k], of any strides. Logits are cosines (dot
+    products without `normalize`) over the temperature. For "info_nce", row i of x has its positive in row
+    i of y, every other row of y that `mask` lets through is a negative, and N_k ≥ M_k.
 
     Wherever something is kept per row it is flat: [T] with T = Σ_k G_k·M_k, pair after pair, problem
     after problem.
@@ -32,17 +51,23 @@ class Problems(NamedTuple):
     weights: tuple[float, ...]  # of each pair's terms in their total
     temperature: float | Tensor  # a tensor has one element
     normalize: bool
-    symmetric: bool
+    symmetric: (
+        bool  # each term is the mean with that of column i; not for "softplus"; needs M_k = N_k
+    )
+    function: Function = "info_nce"
+    mask: Mask = EVERYTHING
+    bias: Tensor | None = None  # [T] in the dtype of `reference.compute_dtype`, for "softplus"
 
 
 class Terms(NamedTuple):
-    """In the dtype of `reference.compute_dtype`, but for `hits`.
+    """In the dtype of `reference.compute_dtype`, but for `hits` and `lse`.
 
     total: Σ_k weights[k] · Σ terms of pair k, without a dimension.
-    loss: [T], log(1 + exp(lse_i − s_ii)); `symmetric` gives its mean with the same of column i.
-    hits: [T] bool, whether the positive's logit is above every negative's (a tie is a miss).
-    lse: [1, T] of dtype LSE_DTYPE, the logsumexp of row i's negatives, without the positive (−inf where
-        there are none); `symmetric` gives [2, T], with that of the columns below.
+    loss: [T], the terms: see `Function`.
+    hits: [T] bool, whether the positive's logit is above every negative's (a tie is a miss). Without a
+        meaning but for "info_nce".
+    lse: [1, T] of dtype LSE_DTYPE, the rows' lse_i; `symmetric` gives [2, T], with that of the columns
+        below. Without a meaning for "softplus".
     """
 
     total: Tensor
@@ -52,7 +77,7 @@ class Terms(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """For every x[k] and y[k], in their shapes, and for the temperature (no dimension).
+    """For every x[k] and y[k], in their shapes, for the temperature (no dimension) and the bias, if there is one.
 
     `backward` gives them in the dtypes of x and y. `step` gives them in `reference.compute_dtype`: they will
     be multiplied by an upstream gradient, a loss scale perhaps, without which they might vanish in float16.
@@ -61,6 +86,7 @@ class Gradients(NamedTuple):
     x: tuple[Tensor, ...]
     y: tuple[Tensor, ...]
     temperature: Tensor
+    bias: Tensor | None = None
 
 
 class Implementation(Protocol):

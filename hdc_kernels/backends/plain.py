@@ -1,8 +1,8 @@
 """The primitive in plain, differentiable PyTorch: the specification, whole or in chunks of rows.
 
-Whole, it is `hdc_kernels/reference.py` and holds the logits. In chunks it holds only some of them at a time:
-it forgets them after use and computes them again in the backward pass, which takes longer than any other
-backend but runs wherever PyTorch does.
+Whole, it holds the logits. In chunks it holds only some of them at a time: it forgets them after use and
+computes them again in the backward pass, which takes longer than any other backend but runs wherever
+PyTorch does.
 """
 
 import torch
@@ -16,9 +16,12 @@ CHUNK = 2**22  # logits held at a time: 16 MiB in float32
 
 
 def terms(problems: Problems, *, chunked: bool = False) -> tuple[Tensor, Tensor]:
-    """Every row's loss term and hit, [T] each, as `hdc_kernels.backends.Terms` has them."""
+    """Every row's term and hit, [T] each, as `hdc_kernels.backends.Terms` has them."""
     evaluate = _in_chunks if chunked else _whole
-    results = [evaluate(x, y, problems) for x, y in zip(problems.x, problems.y, strict=True)]
+    sizes = [x.shape[0] * x.shape[1] for x in problems.x]
+    biases = [None] * len(sizes) if problems.bias is None else problems.bias.split(sizes)
+    pairs = zip(problems.x, problems.y, biases, strict=True)
+    results = [evaluate(x, y, bias, problems) for x, y, bias in pairs]
     if len(results) == 1:
         return results[0][0].flatten(), results[0][1].flatten()
     loss, hits = zip(*results, strict=True)
@@ -34,31 +37,83 @@ def total(problems: Problems, loss: Tensor) -> Tensor:
     return torch.stack([weight * pair.sum() for weight, pair in sums]).sum()
 
 
-def _whole(x: Tensor, y: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
-    logits = reference.cosine_logits(x, y, problems.temperature, normalize=problems.normalize)
-    return reference.info_nce(logits, symmetric=problems.symmetric), reference.top1(logits)
+def _whole(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> tuple[Tensor, Tensor]:
+    logits = _logits(x, y, 0, problems)
+    if problems.function == "info_nce":
+        return reference.info_nce(logits, symmetric=problems.symmetric), reference.top1(logits)
+    no_hits = x.new_zeros(x.shape[:2], dtype=torch.bool)
+    if problems.function == "softplus":
+        return _softplus(logits, bias), no_hits
+    lse = _logsumexp(logits, -1)
+    return (lse + _logsumexp(logits, -2)) / 2 if problems.symmetric else lse, no_hits
 
 
-def _in_chunks(x: Tensor, y: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
+def _in_chunks(
+    x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems
+) -> tuple[Tensor, Tensor]:
     rows = max(1, CHUNK // (y.shape[0] * y.shape[1]))
+    bias = None if bias is None else bias.view(x.shape[:2])
     parts = []
     columns = x.new_full(y.shape[:2], -torch.inf, dtype=reference.compute_dtype(x.dtype))
     for first, chunk in zip(range(0, x.shape[1], rows), x.split(rows, 1), strict=True):
-        part = checkpoint(_chunk, chunk, y, first, problems, use_reentrant=False)
+        its_bias = None if bias is None else bias[:, first : first + rows]
+        part = checkpoint(_chunk, chunk, y, its_bias, first, problems, use_reentrant=False)
         parts.append(part)
-        columns = torch.logaddexp(columns, part[3])
-    lse, positive, hits = (torch.cat([part[k] for part in parts], 1) for k in range(3))
-    loss = lse - positive
+        if problems.symmetric:
+            columns = torch.logaddexp(columns, part[3])
+    loss, positive, hits = (torch.cat([part[k] for part in parts], 1) for k in range(3))
+    if problems.function == "info_nce":
+        loss = loss - positive
+        columns = columns - positive if problems.symmetric else columns
     if problems.symmetric:
-        loss = (loss + columns - positive) / 2
+        loss = (loss + columns) / 2
     return loss, hits
 
 
 def _chunk(
-    x: Tensor, y: Tensor, first: int, problems: Problems
+    x: Tensor, y: Tensor, bias: Tensor | None, first: int, problems: Problems
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows' logsumexp, positive logit and hit [G, rows]; columns' logsumexp over these rows [G, N]."""
+    """Of these rows, [G, rows]: logsumexp or sum, positive logit, hit; columns' logsumexp over them [G, N]."""
+    logits = _logits(x, y, first, problems)
+    if problems.function == "info_nce":
+        positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
+        hits = reference.top1(logits, first)
+        return logits.logsumexp(-1), positive, hits, _logsumexp(logits, -2)
+    nothing = logits.new_zeros(x.shape[:2])
+    loss = _softplus(logits, bias) if problems.function == "softplus" else _logsumexp(logits, -1)
+    return loss, nothing, nothing.bool(), _logsumexp(logits, -2)
+
+
+def _logits(x: Tensor, y: Tensor, first: int, problems: Problems) -> Tensor:
+    """[G, rows, N], −inf where the mask lets nothing through; x begins with row `first`."""
     logits = reference.cosine_logits(x, y, problems.temperature, normalize=problems.normalize)
-    positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
-    hits = reference.top1(logits, first)
-    return logits.logsumexp(-1), positive, hits, logits.logsumexp(-2)
+    mask, (rows, columns) = problems.mask, logits.shape[1:]
+    if mask.ids is None and mask.diagonal:
+        return logits
+    out = torch.zeros((1, rows, columns), dtype=torch.bool, device=x.device)
+    if mask.ids is not None:
+        x_ids, y_ids = mask.ids
+        equal = x_ids[:, first : first + rows, None] == y_ids[:, None]
+        out = ~equal if mask.same else equal
+    diagonal = torch.arange(columns, device=x.device) == torch.arange(
+        first, first + rows, device=x.device
+    ).unsqueeze(1)
+    if problems.function == "info_nce":
+        out = out & ~diagonal
+    elif not mask.diagonal:
+        out = out | diagonal
+    return logits.masked_fill(out, -torch.inf)
+
+
+def _logsumexp(logits: Tensor, dimension: int) -> Tensor:
+    """−inf, with a gradient of 0, where all are −inf: torch.logsumexp would make the gradient NaN."""
+    empty = (logits == -torch.inf).all(dimension, keepdim=True)
+    lse = logits.masked_fill(empty, 0.0).logsumexp(dimension)
+    return lse.masked_fill(empty.squeeze(dimension), -torch.inf)
+
+
+def _softplus(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """Σ_j log(1 + exp(s_ij + bias_i)); `F.softplus` would be linear from 20 on."""
+    assert bias is not None
+    shifted = logits + bias.view(logits.shape[:2]).unsqueeze(-1)
+    return torch.logaddexp(shifted, shifted.new_zeros(())).sum(-1)

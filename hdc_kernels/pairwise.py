@@ -1,0 +1,57 @@
+"""Sums over all pairs of two sets of embeddings, without the matrix of pairs: what most losses are made of.
+
+InfoNCE itself is `contrast.py`: it sets the positives apart, and is exact near convergence because of it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Function
+from hdc_kernels.checks import Reduction
+from hdc_kernels.contrast import contrast
+
+
+def logsumexp(x: Tensor, y: Tensor, *, reduction: Reduction = "none", **options: Any) -> Tensor:
+    """log Σ_j exp(sim(x_i, y_j)/τ) over the columns j that `mask` lets through: x [M, D], y [N, D] -> [M].
+
+    The `options` are those of `contrast`: temperature, normalize, mask, backend, and symmetric (M = N), which
+    gives the mean of row i's and column i's. −inf, without a gradient, where a row has no column. Float64 for
+    float64, otherwise float32. A "mean" or "sum" is faster made here than afterwards.
+    """
+    return _rows("logsumexp", x, y, None, reduction, options)
+
+
+def softplus_sum(
+    x: Tensor, y: Tensor, bias: Tensor | float, *, reduction: Reduction = "none", **options: Any
+) -> Tensor:
+    """Σ_j log(1 + exp(sim(x_i, y_j)/τ + bias_i)) over the columns j that `mask` lets through.
+
+    As `logsumexp`, but never symmetric. `bias` is a number, a tensor of one element or one of [M].
+    """
+    dtype = reference.compute_dtype(x.dtype)
+    if isinstance(bias, Tensor):
+        bias = bias.to(dtype).expand(x.shape[:1]).contiguous()
+    else:
+        bias = torch.full(x.shape[:1], bias, dtype=dtype, device=x.device)
+    return _rows("softplus", x, y, bias, reduction, options)
+
+
+def _rows(
+    function: Function,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    reduction: Reduction,
+    options: dict[str, Any],
+) -> Tensor:
+    return contrast(
+        [(x, y)],
+        weights=None if reduction == "none" else [1.0],
+        divisor=x.shape[0] if reduction == "mean" else 1,
+        function=function,
+        bias=bias,
+        **options,
+    ).value
