@@ -9,6 +9,9 @@ extern "C" {
 
 enum HdcTask : int64_t { HDC_FORWARD = 0, HDC_BACKWARD = 1, HDC_STEP = 2 };
 
+// What a row becomes: `Function` in hdc_kernels/backends/__init__.py.
+enum HdcFunction : int64_t { HDC_INFO_NCE = 0, HDC_LOGSUMEXP = 1, HDC_SOFTPLUS = 2 };
+
 // What the embeddings are stored in. float64 is computed in float64, everything else in float32.
 enum HdcDtype : int64_t { HDC_FLOAT64 = 0, HDC_FLOAT32 = 1, HDC_BFLOAT16 = 2, HDC_FLOAT16 = 3 };
 
@@ -22,11 +25,13 @@ struct HdcProblem {  // one pair of embeddings
     HdcMatrix x, y, dx, dy;
     int64_t groups, rows, columns, width;  // x is [groups, rows, width], y [groups, columns, width]
     double weight;                         // of every term of this pair in the total
+    const int64_t *x_ids, *y_ids;          // [groups, rows] and [groups, columns], or both null
 };
 
 struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embeddings are computed in
     int64_t task, dtype, normalize, symmetric, threads, problems;
     int64_t bfloat16;  // whether products may round to it; only for float32 and bfloat16, see hdc_has_bfloat16
+    int64_t function, diagonal, same;  // `Mask`: whether (i, i) counts; whether equal ids do, rather than others
     double temperature;
     void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
     void* terms;           // [T]                                    written by FORWARD, STEP
@@ -34,6 +39,8 @@ struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embe
     double* lse;           // [T], symmetric [2, T]: of negatives    written by FORWARD, STEP; read by BACKWARD
     const void* upstream;  // [T]                                    read by BACKWARD
     void* d_temperature;   // [1]                                    written by BACKWARD, STEP
+    const void* bias;      // [T], SOFTPLUS only
+    void* d_bias;          // [T], SOFTPLUS only                     written by BACKWARD, STEP
 };
 
 // 0, or 1 if there is not enough memory for the scratch; nothing is then written.

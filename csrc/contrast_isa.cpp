@@ -80,7 +80,9 @@ class Calculation {
                 full ? at<T>(p.dy, item.group) : at<Stored>(p.dy, item.group),
                 p.rows, p.columns, p.width, p.weight,
                 at(static_cast<T*>(call.terms), item.row), at(call.hits, item.row), lse,
-                call.symmetric ? lse + rows : nullptr, at(static_cast<const T*>(call.upstream), item.row)};
+                call.symmetric ? lse + rows : nullptr, at(static_cast<const T*>(call.upstream), item.row),
+                at(p.x_ids, item.group * p.rows), at(p.y_ids, item.group * p.columns),
+                at(static_cast<const T*>(call.bias), item.row), at(static_cast<T*>(call.d_bias), item.row)};
     }
 
     void run(const Item& item, Team<T>& team) const {
@@ -88,6 +90,7 @@ class Calculation {
         const Group<T> group = group_of(item);
         const int wanted = int(team.own.size());
         const bool saved = call.task == HDC_BACKWARD, one_pass = call.task == HDC_STEP && !call.symmetric;
+        const bool softplus = call.function == HDC_SOFTPLUS;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
         {
             const int threads = thread_count();
@@ -95,9 +98,11 @@ class Calculation {
             Contrast<T, Stored, ELEMENTS> work(call, group, team.packed, team.own[size_t(thread_index())]);
             const Share mine = share_of(group.rows, thread_index(), threads, TILE_ROWS);
             const Share columns = share_of(group.columns, thread_index(), threads, Packed<T>::W);
-            work.pack(columns);
+            work.pack(share_of(std::max(group.rows, group.columns), thread_index(), threads, Packed<T>::W));
 #pragma omp barrier
-            if (one_pass) {
+            if (softplus) {
+                work.softplus(mine);
+            } else if (one_pass) {
                 work.step(mine);
             } else if (!saved) {
                 work.forward(mine);
@@ -106,7 +111,7 @@ class Calculation {
 #pragma omp barrier
                 work.finish_terms(mine);
             }
-            if (call.task != HDC_FORWARD && !one_pass) {
+            if (call.task != HDC_FORWARD && !one_pass && !softplus) {
                 work.weigh(mine, saved);
 #pragma omp barrier
                 work.backward(mine);

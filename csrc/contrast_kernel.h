@@ -1,20 +1,25 @@
 // The contrastive primitive on CPUs, one independent problem ("group") at a time.
 //
-//   S = X̂ Ŷᵀ / τ,   lse_i = log Σ_{j≠i} exp S_ij,   term_i = log(1 + exp(lse_i − S_ii))
+//   S = X̂ Ŷᵀ / τ, and of every row
+//   INFO_NCE    term_i = log(1 + exp(lse_i − S_ii)),  lse_i = log Σ_{j≠i} exp S_ij
+//   LOGSUMEXP   term_i = lse_i = log Σ_j exp S_ij
+//   SOFTPLUS    term_i = Σ_j log(1 + exp(S_ij + bias_i))
 //
-// The positives never enter a product of matrices: near convergence the gradient is a small difference
-// of large terms, and Σ_{j≠i} − (the rest) has no such difference. S_ii is summed in float64.
+// over the columns j that the mask lets through: all others become −inf before anything else is done.
+// INFO_NCE's positives never enter a product of matrices: near convergence the gradient is a small
+// difference of large terms, and Σ_{j≠i} − (the rest) has no such difference. S_ii is summed in float64.
 //
 // The rows of X are cut into panels of at most PANEL_ROWS, the columns (rows of Y) into blocks of BLOCK.
 //
 //   STEP      3 products. Per panel: S of all blocks, into a scratch panel, and the rows' maxima; block by
 //             block E = exp(S − max), its row sums and O += E·Ŷ; then, as the sums are known, so is the
 //             coefficient of every row, w_i = weight·p_i / Σ_j E_ij with p_i = 1 − exp(−term_i), and
-//             dŶ += Eᵀ·(w X̂).  dx̂_i = (w_i O_i − weight·p_i ŷ_i) / τ.
+//             dŶ += Eᵀ·(w X̂).  dx̂_i = (w_i O_i − weight·p_i ŷ_i) / τ.  (LOGSUMEXP: p = 1, and no ŷ_i.)
 //   FORWARD   1 product. Block by block: running maxima and sums of rows and, if symmetric, of columns.
 //   BACKWARD  3 products. Block by block: the coefficients of S from the saved logsumexps; O, dŶ as above.
 //
 // A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are.
+// SOFTPLUS needs no sum to know its coefficients, weight·σ(S + bias): every task is one sweep over the blocks.
 //
 // With PAIRS, an opt-in for float32 and bfloat16 embeddings, the factors of every product are rounded to
 // bfloat16 and two of them multiplied at a time (vdpbf16ps). What is not a product stays as it is: norms,
@@ -72,6 +77,9 @@ struct Group {
     uint8_t* hits;
     double *row_lse, *column_lse;
     const T* upstream;
+    const int64_t *x_ids, *y_ids;
+    const T* bias;
+    T* d_bias;
 };
 
 // Rows of D values lie an odd number of cache lines apart: with a power of 2 they would fall into a few sets
@@ -129,6 +137,7 @@ struct Private {
     T* dy;          // [columns, stride]
     T* gradient;    // [width]: one row
     T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
+    T* row_slope;              // SOFTPLUS: [panel_rows, LANES], the sums of σ
     T* diagonal;               // [panel_rows]: S_ii τ out of the same product as the rest of the row
     T *column_maximum, *column_sum;         // [columns]
     bool has_dy;                            // whether any row of this group was its own
@@ -138,7 +147,8 @@ struct Private {
         const int64_t width = round_up(problem.width, call.bfloat16 ? 2 * LANES<T> : LANES<T>);
         const int64_t stride = row_stride<T>(width), columns = round_up(problem.columns, LANES<T>);
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric;
-        const int64_t blocks = call.task == HDC_STEP && !symmetric ? round_up(problem.columns, BLOCK) / BLOCK : 1;
+        const bool whole_panel = call.task == HDC_STEP && !symmetric && call.function != HDC_SOFTPLUS;
+        const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
         const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
         // Equal panels: a share of 260 rows is two panels of 130, not one of 252 and one of 8.
@@ -147,6 +157,7 @@ struct Private {
         scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
         scratch.take(row_maximum, panel_rows * LANES<T>);
         scratch.take(row_sum, panel_rows * LANES<T>);
+        scratch.take(row_slope, call.function == HDC_SOFTPLUS ? panel_rows * LANES<T> : 0);
         scratch.take(diagonal, panel_rows);
         scratch.take(sums, gradients ? panel_rows * stride : 0);
         scratch.take(weighted, gradients ? panel_rows * stride : 0);
@@ -174,7 +185,8 @@ class Contrast {
     const Group<T>& group;
     const Packed<T>& packed;
     Private<T>& own;
-    const bool normalize, symmetric, full_gradients;
+    const HdcCall& call;
+    const bool normalize, symmetric, full_gradients, positives;  // whether rows have one
     const double scale;
     const T scale2;  // for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
@@ -228,7 +240,7 @@ class Contrast {
 
     const T* y_row(int64_t row) const { return packed.y + row * packed.stride; }
 
-    // S τ of one block of the current panel. Positives and the columns past the end become −inf.
+    // S τ of one block of the current panel. Positives, columns past the end and what is masked become −inf.
     void similarities(int64_t block, T* out) {
         const int64_t begin = block * BLOCK, end = begin + columns_of(block);
         for (int64_t column = begin; column < end; column += W)
@@ -242,10 +254,19 @@ class Contrast {
                                             {packed.y_transposed + column * packed.width, W}, group.width,
                                             out + (column - begin), STRIDE, false);
         constexpr T nothing = -std::numeric_limits<T>::infinity();
-        for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
-            T& positive = out[(i - first) * STRIDE + (i - begin)];
-            own.diagonal[i - first] = positive;
-            positive = nothing;
+        if (positives || !call.diagonal)
+            for (int64_t i = std::max(first, begin); i < std::min(first + count, end); i++) {
+                T& positive = out[(i - first) * STRIDE + (i - begin)];
+                own.diagonal[i - first] = positive;
+                positive = nothing;
+            }
+        if (group.x_ids) {
+            const bool same = call.same;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t id = group.x_ids[first + i], *ids = group.y_ids + begin;
+                T* row = out + i * STRIDE;
+                for (int64_t j = 0; j < end - begin; j++) row[j] = (ids[j] == id) == same ? row[j] : nothing;
+            }
         }
         const int64_t padded = round_up(end - begin, V);
         if (end - begin < padded)
@@ -325,24 +346,27 @@ class Contrast {
         const int64_t row = first + i;
         packed.row_lse[row] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
         group.row_lse[row] = packed.row_lse[row];
-        group.hits[row] = highest < own.diagonal[i] && sum == sum;
+        group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
     }
 
-    // log(1 + e^z) and 1 / (1 + e^−z), without overflow.
-    struct Softplus {
+    // A row's term, and its derivative by lse.
+    struct Term {
         double value, slope;
     };
 
-    Softplus softplus(double lse, int64_t row) const {
+    // With a positive log(1 + e^z) and 1 / (1 + e^−z), z = lse − S_ii, without overflow.
+    Term term(double lse, int64_t row) const {
+        if (!positives) return {lse, 1};
         const double z = lse - packed.positive[row] * scale, e = std::exp(-std::abs(z));
-        return z > 0 ? Softplus{z + std::log1p(e), 1 / (1 + e)} : Softplus{std::log1p(e), e / (1 + e)};
+        return z > 0 ? Term{z + std::log1p(e), 1 / (1 + e)} : Term{std::log1p(e), e / (1 + e)};
     }
 
-    // dx̂_i = (factor·O_i − weight·ŷ_i) / τ, then through the normalisation into the caller's gradient.
+    // dx̂_i = (factor·O_i − weight·ŷ_i) / τ, then through the normalisation into the caller's gradient. Without
+    // positives there is no ŷ_i.
     void finish_dx(int64_t i, double factor, double weight) {
         const int64_t row = first + i;
-        const T of_sum = T(factor * scale), of_y = T(weight * scale);
-        const T *sums = own.sums + i * packed.stride, *y = y_row(row);
+        const T of_sum = T(factor * scale), of_y = positives ? T(weight * scale) : T(0);
+        const T *sums = own.sums + i * packed.stride, *y = y_row(positives ? row : 0);
         own.d_temperature -= scale * finish_gradient(
             [=](int64_t d) { return of_sum * load(sums + d) - of_y * load(y + d); },
             x_row(row), packed.x_inverse[row], group.dx, row);
@@ -368,19 +392,20 @@ class Contrast {
 
   public:
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
-        : group(group), packed(packed), own(own), normalize(call.normalize), symmetric(call.symmetric),
-          full_gradients(call.task == HDC_STEP),
+        : group(group), packed(packed), own(own), call(call), normalize(call.normalize), symmetric(call.symmetric),
+          full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
           scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
 
-    // X̂, Ŷ and the positives of these columns and of the rows of the same number, of which there may be fewer.
-    // Squares and products are summed in float64. `columns` begins at a whole tile.
-    void pack(Share columns) {
-        for (int64_t j = columns.begin; j < columns.end; j++) {
+    // X̂, Ŷ and the positives of the rows and columns of these numbers, of either of which there may be fewer.
+    // Squares and products are summed in float64. `numbers` begins at a whole tile.
+    void pack(Share numbers) {
+        const Share columns{std::min(numbers.begin, group.columns), std::min(numbers.end, group.columns)};
+        for (int64_t j = numbers.begin; j < numbers.end; j++) {
+            const bool has_x = j < group.rows, has_y = j < group.columns;
             T *unit_x = packed.x + j * packed.stride, *unit_y = packed.y + j * packed.stride;
-            const T* y = read(group.y, j, unit_y);
-            Vector<double> xx{}, xy{}, yy{};
-            if (j < group.rows) {
-                const T* x = read(group.x, j, unit_x);
+            if (has_x && has_y) {
+                const T *x = read(group.x, j, unit_x), *y = read(group.y, j, unit_y);
+                Vector<double> xx{}, xy{}, yy{};
                 for (int64_t d = 0; d < packed.width; d += LANES<double>) {
                     const Vector<double> a = load_wide(x + d), b = load_wide(y + d);
                     xx += a * a, xy += a * b, yy += b * b;
@@ -389,11 +414,15 @@ class Contrast {
                 packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
                 packed.positive[j] = sum_of_lanes<double>(xy) * packed.x_inverse[j] * packed.y_inverse[j];
                 scale_row(x, packed.x_inverse[j], unit_x);
+                scale_row(y, packed.y_inverse[j], unit_y);
             } else {
-                for (int64_t d = 0; d < packed.width; d += LANES<double>) yy += load_wide(y + d) * load_wide(y + d);
-                packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
+                const T* row = has_x ? read(group.x, j, unit_x) : read(group.y, j, unit_y);
+                double& inverse = has_x ? packed.x_inverse[j] : packed.y_inverse[j];
+                Vector<double> squares{};
+                for (int64_t d = 0; d < packed.width; d += LANES<double>) squares += load_wide(row + d) * load_wide(row + d);
+                inverse = inverse_norm(sum_of_lanes<double>(squares));
+                scale_row(row, inverse, has_x ? unit_x : unit_y);
             }
-            scale_row(y, packed.y_inverse[j], unit_y);
         }
         for (int64_t j = columns.end; j % W; j++) std::fill_n(packed.y + j * packed.stride, packed.width, T(0));
         for (int64_t j = columns.begin; j < columns.end; j += V) {
@@ -411,8 +440,55 @@ class Contrast {
             for (int64_t d = 0; d < steps_of_width(); d += V) transpose(rows + d, stride, tile + d * W, W);
         }
         if constexpr (ELEMENTS == PAIRS)
-            for (int64_t i = columns.begin; i < std::min(columns.end, group.rows); i++)
+            for (int64_t i = numbers.begin; i < std::min(numbers.end, group.rows); i++)
                 pair_row(x_row(i), packed.x_pairs + i * packed.half_stride);
+    }
+
+    // SOFTPLUS, any task: what becomes of each block depends on nothing but the block.
+    void softplus(Share rows) {
+        own.has_dy = rows.begin < rows.end;
+        double ones[PANEL_ROWS];
+        std::fill_n(ones, PANEL_ROWS, 1.0);
+        const bool gradients = call.task != HDC_FORWARD, saved = call.task == HDC_BACKWARD;
+        for (first = rows.begin; first < rows.end; first += own.panel_rows) {
+            count = std::min(own.panel_rows, rows.end - first);
+            start_rows();
+            std::fill(own.row_slope, own.row_slope + count * V, T(0));
+            if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
+            for (int64_t block = 0; block < blocks(); block++) {
+                similarities(block, own.panel);
+                sigmoids(round_up(columns_of(block), V), saved);
+                if (!gradients) continue;
+                add_to_sums(own.panel, block);
+                add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
+                if (!saved) group.hits[first + i] = false;
+                if (!gradients) continue;
+                group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_slope + i * V));
+                finish_dx(i, 1, 0);
+            }
+        }
+    }
+
+    // S τ -> weight_i σ(S_ij + bias_i), their sums, and those of log(1 + exp(S_ij + bias_i)).
+    void sigmoids(int64_t width, bool saved) {
+        for (int64_t i = 0; i < count; i++) {
+            T* row = own.panel + i * STRIDE;
+            const T bias = group.bias[first + i], weight = saved ? group.upstream[first + i] : T(group.weight);
+            Vector<T> sum = load(own.row_sum + i * V), slopes = load(own.row_slope + i * V);
+            for (int64_t j = 0; j < width; j += V) {
+                const Vector<T> z = load(row + j) * T(scale) + bias, zero{};
+                const Vector<T> e = exp2((z > zero ? -z : z) * T(LOG2E));
+                const Vector<T> slope = weight * (z > zero ? broadcast(T(1)) : e) / (e + T(1));
+                sum += (z > zero ? z : zero) + log1p<T>(e);
+                slopes += slope;
+                store(row + j, slope);
+            }
+            store(own.row_sum + i * V, sum);
+            store(own.row_slope + i * V, slopes);
+        }
     }
 
     // STEP, one direction: everything about these rows, and their part of dŶ.
@@ -440,9 +516,9 @@ class Contrast {
             for (int64_t i = 0; i < count; i++) {
                 const double sum = double(sum_of_lanes<T>(load(own.row_sum + i * V)));
                 finish_row(i, own.row_maximum[i * V], sum);
-                const Softplus term = softplus(packed.row_lse[first + i], first + i);
-                finish_term(first + i, term.value);
-                packed.row_weight[first + i] = group.weight * term.slope;
+                const Term found = term(packed.row_lse[first + i], first + i);
+                finish_term(first + i, found.value);
+                packed.row_weight[first + i] = group.weight * found.slope;
                 factors[i] = sum == 0 ? 0 : packed.row_weight[first + i] / sum;
             }
             weigh_rows(factors);
@@ -536,8 +612,8 @@ class Contrast {
 
     void finish_terms(Share rows) {
         for (int64_t i = rows.begin; i < rows.end; i++) {
-            const double loss = softplus(packed.row_lse[i], i).value;
-            finish_term(i, symmetric ? (loss + softplus(packed.column_lse[i], i).value) / 2 : loss);
+            const double loss = term(packed.row_lse[i], i).value;
+            finish_term(i, symmetric ? (loss + term(packed.column_lse[i], i).value) / 2 : loss);
         }
     }
 
@@ -549,8 +625,8 @@ class Contrast {
                 if (symmetric) packed.column_lse[i] = group.column_lse[i];
             }
             const double upstream = (saved ? double(group.upstream[i]) : group.weight) / (symmetric ? 2 : 1);
-            packed.row_weight[i] = upstream * softplus(packed.row_lse[i], i).slope;
-            if (symmetric) packed.column_weight[i] = upstream * softplus(packed.column_lse[i], i).slope;
+            packed.row_weight[i] = upstream * term(packed.row_lse[i], i).slope;
+            if (symmetric) packed.column_weight[i] = upstream * term(packed.column_lse[i], i).slope;
         }
     }
 
@@ -611,7 +687,7 @@ class Contrast {
 
     void finish_dy(Share columns, Threads<T> threads) {
         for (int64_t j = columns.begin; j < columns.end; j++) {
-            const bool has_positive = j < group.rows;
+            const bool has_positive = positives && j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
             const T* x = x_row(has_positive ? j : 0);
             const int64_t at = j * packed.stride;

@@ -1,4 +1,4 @@
-// Vectors of T as wide as the instruction set that this is compiled for, and exp2 over them.
+// Vectors of T as wide as the instruction set that this is compiled for, and exp2 and log1p over them.
 //
 // GCC's and Clang's vector extension: +, *, ?: and comparisons work lane by lane, for any T and width.
 #pragma once
@@ -189,5 +189,35 @@ inline V exp2(V x) {
     return x < low ? V{} : exp2_of_fraction<T>(bounded - (shifted - round)) * (V)exponent;
 }
 #endif
+
+// 2 atanh(√u) / √u on [0, 1/9]: Chebyshev fits with a relative error of 4e-9 and 1e-18, lowest power first.
+template <typename T>
+struct Log1p;
+
+template <>
+struct Log1p<float> {
+    static constexpr float coefficients[] = {
+        2.000000007681758881f, 0.6666632164137777316f, 0.4002459523070374791f, 0.2796515774519726889f,
+        0.2815777836310908065f};
+};
+
+template <>
+struct Log1p<double> {
+    static constexpr double coefficients[] = {
+        2.000000000000000002,   0.6666666666666614959, 0.4000000000018574747, 0.2857142854545411453,
+        0.2222222408074767317,  0.1818174083250480451, 0.1538661404230400776, 0.1330037403267462434,
+        0.1211016872806921765,  0.08324506511860820576, 0.1704416356278139813};
+};
+
+// log(1 + e) for e in [0, 1], exact to rounding however small e is: log((1 + w) / (1 − w)) with w = e / (2 + e).
+template <typename T>
+inline Vector<T> log1p(Vector<T> e) {
+    constexpr int degree = sizeof(Log1p<T>::coefficients) / sizeof(T) - 1;
+    const Vector<T> w = e / (e + T(2)), square = w * w;
+    Vector<T> sum = broadcast(Log1p<T>::coefficients[degree]);
+#pragma GCC unroll 16
+    for (int k = degree - 1; k >= 0; k--) sum = sum * square + Log1p<T>::coefficients[k];
+    return w * sum;
+}
 
 }  // namespace HDC_ISA

@@ -55,9 +55,10 @@ def contrast(
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
     compiling = torch.compiler.is_compiling()
+    selected = select(backend, x, y, rows_first)
     special = function != "info_nce" or mask.ids is not None
     call = Call(
-        select("torch" if special and backend != "chunked" else backend, x, y, rows_first),
+        "chunked" if special and selected == "triton" else selected,
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,

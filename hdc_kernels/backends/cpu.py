@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends import Function, Gradients, Problems, Terms
 from hdc_kernels.backends.outputs import LSE_DTYPE, empty_gradients, empty_rows
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
@@ -21,8 +21,9 @@ LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 
 _FORWARD, _BACKWARD, _STEP = range(3)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_CALL = struct.Struct("7qd6P")  # struct HdcCall
-_PROBLEM = struct.Struct("P3qP3qP3qP3q4qd")  # struct HdcProblem
+_FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2}
+_CALL = struct.Struct("10qd8P")  # struct HdcCall
+_PROBLEM = struct.Struct("P3qP3qP3qP3q4qd2P")  # struct HdcProblem
 
 
 @functools.cache
@@ -94,6 +95,7 @@ def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gr
         x=empty_gradients(problems.x, dtype),
         y=empty_gradients(problems.y, dtype),
         temperature=torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
+        bias=None if problems.bias is None else torch.empty_like(problems.bias),
     )
 
 
@@ -105,6 +107,9 @@ def _call(
     upstream: Tensor | None,
 ) -> None:
     nowhere = (0, 0, 0, 0)
+    mask = problems.mask
+    # Held until the call is over: they may be copies.
+    ids = [ids.contiguous() for ids in mask.ids] if mask.ids else []
     packed = bytearray()
     for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
         packed += _PROBLEM.pack(
@@ -117,6 +122,7 @@ def _call(
             *x.shape[:2],
             *y.shape[1:],
             weight,
+            *(([t.data_ptr() for t in ids]) or (0, 0)),
         )
     call = _CALL.pack(
         task,
@@ -126,6 +132,9 @@ def _call(
         torch.get_num_threads(),
         len(problems.x),
         _rounds_to_bfloat16(problems.x[0].dtype),
+        _FUNCTIONS[problems.function],
+        mask.diagonal,
+        mask.same,
         float(problems.temperature),
         terms.total.data_ptr(),
         terms.loss.data_ptr(),
@@ -133,6 +142,8 @@ def _call(
         terms.lse.data_ptr(),
         upstream.data_ptr() if upstream is not None else 0,
         gradients.temperature.data_ptr() if gradients else 0,
+        problems.bias.data_ptr() if problems.bias is not None else 0,
+        gradients.bias.data_ptr() if gradients and gradients.bias is not None else 0,
     )
     if library().hdc_contrast(call, bytes(packed)):
         raise MemoryError("the contrastive loss found not enough memory for its scratch")
