@@ -26,6 +26,9 @@ struct HdcProblem {  // one pair of embeddings
     int64_t groups, rows, columns, width;  // x is [groups, rows, width], y [groups, columns, width]
     double weight;                         // of every term of this pair in the total
     const int64_t *x_ids, *y_ids;          // [groups, rows] and [groups, columns], or both null
+    // Single entries that do not count, or null; for one group only. Those of row i are the columns, in ascending
+    // order, from left_out[left_out_starts[i]] up to left_out[left_out_starts[i + 1]].
+    const int64_t *left_out_starts, *left_out;
 };
 
 struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embeddings are computed in

@@ -82,6 +82,7 @@ class Calculation {
                 at(static_cast<T*>(call.terms), item.row), at(call.hits, item.row), lse,
                 call.symmetric ? lse + rows : nullptr, at(static_cast<const T*>(call.upstream), item.row),
                 at(p.x_ids, item.group * p.rows), at(p.y_ids, item.group * p.columns),
+                p.left_out_starts, p.left_out,
                 at(static_cast<const T*>(call.bias), item.row), at(static_cast<T*>(call.d_bias), item.row)};
     }
 

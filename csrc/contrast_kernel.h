@@ -77,7 +77,7 @@ struct Group {
     uint8_t* hits;
     double *row_lse, *column_lse;
     const T* upstream;
-    const int64_t *x_ids, *y_ids;
+    const int64_t *x_ids, *y_ids, *left_out_starts, *left_out;
     const T* bias;
     T* d_bias;
 };
@@ -268,6 +268,12 @@ class Contrast {
                 for (int64_t j = 0; j < end - begin; j++) row[j] = (ids[j] == id) == same ? row[j] : nothing;
             }
         }
+        if (group.left_out)
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t* last = group.left_out + group.left_out_starts[first + i + 1];
+                const int64_t* at = std::lower_bound(group.left_out + group.left_out_starts[first + i], last, begin);
+                for (; at < last && *at < end; at++) out[i * STRIDE + (*at - begin)] = nothing;
+            }
         const int64_t padded = round_up(end - begin, V);
         if (end - begin < padded)
             for (int64_t i = 0; i < count; i++)

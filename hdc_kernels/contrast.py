@@ -56,7 +56,7 @@ def contrast(
     tau = temperature if isinstance(temperature, Tensor) else None
     compiling = torch.compiler.is_compiling()
     selected = select(backend, x, y, rows_first)
-    special = function != "info_nce" or mask.ids is not None
+    special = function != "info_nce" or mask != EVERYTHING
     call = Call(
         "chunked" if special and selected == "triton" else selected,
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
@@ -90,7 +90,7 @@ def _compiled(
     """Value, terms and hits in operators that the compiler knows."""
     if call.backend in PLAIN:
         return call.plain(tau, bias, x, y)
-    tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)))
+    tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)), call.mask.left_out)
     options = (
         call.temperature,
         call.symmetric,

@@ -17,7 +17,7 @@ from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
 # What every operator takes: the embeddings, then what `_call` and `Call.problems` make of the rest.
-INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids"
+INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? left_out"
 OPTIONS = (
     "float temperature, bool symmetric, bool normalize, int rows_first, str backend, str function, "
     "bool diagonal, bool same"
@@ -36,11 +36,12 @@ def contrast_total(
     bias: Tensor | None,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    left_out: Tensor | None,
     weights: Sequence[float],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Total, terms, hits, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
-    return _call(len(x), weights, x_ids, y_ids, options).step(tau, bias, x, y)
+    return _call(len(x), weights, x_ids, y_ids, left_out, options).step(tau, bias, x, y)
 
 
 @contrast_total.register_fake
@@ -104,10 +105,11 @@ def contrast_terms(
     bias: Tensor | None,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    left_out: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, hits and logsumexps."""
-    call = _call(len(x), None, x_ids, y_ids, options)
+    call = _call(len(x), None, x_ids, y_ids, left_out, options)
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     return result.loss, result.hits, result.lse
 
@@ -120,9 +122,10 @@ def _(
     bias: Tensor | None,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    left_out: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call(len(x), None, x_ids, y_ids, options)
+    call = _call(len(x), None, x_ids, y_ids, left_out, options)
     terms = _flat(x, reference.compute_dtype(x[0].dtype))
     lse = implementation(call.backend).LSE_DTYPE
     shape = (1 + call.symmetric, terms.shape[0])
@@ -130,7 +133,7 @@ def _(
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, y, ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, *ctx.options = inputs
+    x, y, ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, ctx.left_out, *ctx.options = inputs
     _, hits, lse = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, lse)
@@ -142,7 +145,7 @@ def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ..
     if upstream is None:
         return _per_argument(ctx, None)
     *xy, lse = ctx.saved_tensors
-    inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids
+    inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, ctx.left_out
     return _per_argument(ctx, contrast_gradient(*inputs, lse, upstream, *ctx.options))
 
 
@@ -161,12 +164,13 @@ def contrast_gradient(
     bias: Tensor | None,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    left_out: Tensor | None,
     lse: Tensor,
     upstream: Tensor,
     *options: Any,
 ) -> list[Tensor]:
     """(dτ, dbias if any, *dx, *dy) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
-    call = _call(len(x), None, x_ids, y_ids, options)
+    call = _call(len(x), None, x_ids, y_ids, left_out, options)
     return call.backward(tau, bias, x, y, lse, upstream)
 
 
@@ -183,6 +187,7 @@ def _call(
     weights: Sequence[float] | None,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    left_out: Tensor | None,
     options: Sequence[Any],
 ) -> Call:
     temperature, symmetric, normalize, rows_first, backend, function, diagonal, same = options
@@ -196,7 +201,7 @@ def _call(
         pairs,
         rows_first,
         function,
-        Mask(diagonal, ids, same),
+        Mask(diagonal, ids, same, left_out),
     )
 
 

@@ -30,6 +30,7 @@ class Mask(NamedTuple):
         None  # of rows [G, M] and columns [G, N], int64; with K = 1 only
     )
     same: bool = False  # over columns of the row's id, rather than of any other
+    left_out: Tensor | None = None  # single entries, [2, E] int64 (row, column), sorted; with K = G = 1 only
 
 
 EVERYTHING = Mask()

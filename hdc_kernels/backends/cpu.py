@@ -23,7 +23,7 @@ _FORWARD, _BACKWARD, _STEP = range(3)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2}
 _CALL = struct.Struct("10qd8P")  # struct HdcCall
-_PROBLEM = struct.Struct("P3qP3qP3qP3q4qd2P")  # struct HdcProblem
+_PROBLEM = struct.Struct("P3qP3qP3qP3q4qd4P")  # struct HdcProblem
 
 
 @functools.cache
@@ -99,6 +99,12 @@ def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gr
     )
 
 
+def _by_row(entries: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sorted (row, column) [2, E] -> where each row begins [rows + 1], and the columns."""
+    starts = torch.searchsorted(entries[0].contiguous(), torch.arange(rows + 1))
+    return starts, entries[1].contiguous()
+
+
 def _call(
     task: int,
     problems: Problems,
@@ -108,8 +114,9 @@ def _call(
 ) -> None:
     nowhere = (0, 0, 0, 0)
     mask = problems.mask
-    # Held until the call is over: they may be copies.
+    # Held until the call is over: they are copies.
     ids = [ids.contiguous() for ids in mask.ids] if mask.ids else []
+    left_out = _by_row(mask.left_out, problems.x[0].shape[1]) if mask.left_out is not None else []
     packed = bytearray()
     for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
         packed += _PROBLEM.pack(
@@ -122,7 +129,8 @@ def _call(
             *x.shape[:2],
             *y.shape[1:],
             weight,
-            *(([t.data_ptr() for t in ids]) or (0, 0)),
+            *([t.data_ptr() for t in ids] or (0, 0)),
+            *([t.data_ptr() for t in left_out] or (0, 0)),
         )
     call = _CALL.pack(
         task,

@@ -88,13 +88,19 @@ def _logits(x: Tensor, y: Tensor, first: int, problems: Problems) -> Tensor:
     """[G, rows, N], −inf where the mask lets nothing through; x begins with row `first`."""
     logits = reference.cosine_logits(x, y, problems.temperature, normalize=problems.normalize)
     mask, (rows, columns) = problems.mask, logits.shape[1:]
-    if mask.ids is None and mask.diagonal:
+    if mask.ids is None and mask.left_out is None and mask.diagonal:
         return logits
-    out = torch.zeros((1, rows, columns), dtype=torch.bool, device=x.device)
-    if mask.ids is not None:
+    if mask.ids is None:
+        out = torch.zeros((1, rows, columns), dtype=torch.bool, device=x.device)
+    else:
         x_ids, y_ids = mask.ids
         equal = x_ids[:, first : first + rows, None] == y_ids[:, None]
         out = ~equal if mask.same else equal
+    if mask.left_out is not None:
+        row, column = mask.left_out
+        here = (row >= first) & (row < first + rows)
+        out = out.clone()
+        out[0, row[here] - first, column[here]] = True
     diagonal = torch.arange(columns, device=x.device) == torch.arange(
         first, first + rows, device=x.device
     ).unsqueeze(1)
