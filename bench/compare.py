@@ -22,15 +22,19 @@ import accuracy
 import contenders
 import machine
 import report
+import roster
 import torch
-from contenders import Contender, Problem
+from contenders import Contender
+from family import FAMILY
 
 from hdc import atomic
 
 HERE = Path(__file__).parent
 CPU_SIZES = (128, 512, 2048, 8192, 32768)
 GPU_SIZES = (*CPU_SIZES, 65536, 131072, 262144)
-PEERS = [contender.name for contender in contenders.INFO_NCE if contender.peer]
+FAMILY_SIZES = (2048, 8192)  # of time; of memory the first, and
+FAMILY_MEMORY_SIZE = 16384
+PEERS = list(dict.fromkeys(c.name for p in ("InfoNCE", *FAMILY) for c in roster.of(p) if c.peer))
 # Large blocks come from the heap and stay there: without, every matrix is new pages, cleared by the system.
 THRESHOLDS = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
 RAISED = {"GLIBC_TUNABLES": ":".join(f"{threshold}={2**36}" for threshold in THRESHOLDS)}
@@ -77,6 +81,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sizes = f"batches; default: {' '.join(map(str, CPU_SIZES))}, on a GPU to {GPU_SIZES[-1]}"
     add("--sizes", type=int, nargs="+", help=sizes)
     add("--symmetric", action="store_true", help="the symmetric loss, too")
+    sizes = (
+        f"the other losses, too, each beside its peer; B = {' and '.join(map(str, FAMILY_SIZES))}"
+    )
+    add("--family", action="store_true", help=sizes)
     add(
         "--peers",
         nargs="*",
@@ -119,7 +127,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     memory: list[dict[str, Any]] = []
     if cpu:
         probed = [PROBE] if given.sizes[0] > PROBE else []
-        cases = _cases(given, probed + given.sizes, overhead=False)
+        cases = _cases(given, probed + given.sizes)
+        cases += _family_cases(given, (FAMILY_SIZES[0], FAMILY_MEMORY_SIZE))
         memory = _child("memory", {**spec, "cases": cases}, PINNED)
     spec["barred"] = {
         f"{case['problem']}/{case['batch']}/{name}": found["reason"]
@@ -130,7 +139,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     runs = []
     for threads in given.threads if cpu else [torch.get_num_threads()]:
         for allocator, environment in _allocators(given).items():
-            timed = {**spec, "threads": threads, "cases": _cases(given, given.sizes, overhead=True)}
+            cases = [_case(given, "overhead", 1), *_cases(given, given.sizes)]
+            if threads == max(given.threads) and not environment:
+                cases += _family_cases(given, FAMILY_SIZES)
+            timed = {**spec, "threads": threads, "cases": cases}
             cases = _child("measure", timed, environment, f"{allocator}, threads: {threads}")
             runs.append({"allocator": allocator, "threads": threads, "cases": cases})
     return {
@@ -146,8 +158,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "quick": given.quick,
         },
         "notes": {
-            problem: {contender.name: contender.note for contender in contenders.of(problem)}
-            for problem in ("InfoNCE", "HD-NCE", "overhead")
+            problem: {contender.name: contender.note for contender in roster.of(problem)}
+            for problem in ("InfoNCE", "HD-NCE", "overhead", *(FAMILY if given.family else ()))
         },
         "runs": runs,
         "memory": memory if cpu else runs[0]["cases"],
@@ -161,23 +173,26 @@ def _taking_part(given: argparse.Namespace, contender: Contender) -> bool:
     return not contender.peer or contender.name in given.peers
 
 
-def _cases(
-    given: argparse.Namespace, sizes: Sequence[int], *, overhead: bool
-) -> list[dict[str, Any]]:
-    wanted: list[tuple[Problem, int]] = [("overhead", 1)] if overhead else []
-    wanted += [("HD-NCE", 128)]
+def _cases(given: argparse.Namespace, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    wanted = [("HD-NCE", 128)]
     wanted += [("InfoNCE", size) for size in sizes]
     wanted += [("symmetric InfoNCE", size) for size in sizes if given.symmetric]
-    return [
-        {
-            "problem": problem,
-            "batch": batch,
-            "device": given.device,
-            "dtype": given.dtype,
-            "names": [c.name for c in contenders.of(problem) if _taking_part(given, c)],
-        }
-        for problem, batch in wanted
-    ]
+    return [_case(given, problem, batch) for problem, batch in wanted]
+
+
+def _family_cases(given: argparse.Namespace, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    problems = FAMILY if given.family else ()
+    return [_case(given, problem, batch) for problem in problems for batch in sizes]
+
+
+def _case(given: argparse.Namespace, problem: str, batch: int) -> dict[str, Any]:
+    return {
+        "problem": problem,
+        "batch": batch,
+        "device": given.device,
+        "dtype": given.dtype,
+        "names": [c.name for c in roster.of(problem) if _taking_part(given, c)],
+    }
 
 
 def _allocators(given: argparse.Namespace) -> dict[str, dict[str, str]]:

@@ -8,7 +8,7 @@ neither is an error.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import naive
 import torch
@@ -22,14 +22,13 @@ TAU = 0.07
 STEPS = (8, 4, 2)  # timesteps of the paper's scales: with 3 temporal problems, 17 in all
 WEIGHTS = (0.25, 0.5, 1.0)
 
-Problem = Literal["InfoNCE", "symmetric InfoNCE", "HD-NCE", "overhead"]
 Loss = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
     """One problem of one size on one device."""
 
-    problem: Problem
+    problem: str  # "InfoNCE", "symmetric InfoNCE", "HD-NCE", "overhead" or one of `family.FAMILY`
     batch: int
     device: str
     dtype: str
@@ -244,11 +243,6 @@ OVERHEAD = [
     Contender(EAGER, "F.normalize, matmul, F.cross_entropy", eager),
     Contender(OURS, "fused_info_nce", ours),
 ]
-
-
-def of(problem: Problem) -> list[Contender]:
-    """Everyone who may take part."""
-    return {"HD-NCE": HD_NCE, "overhead": OVERHEAD}.get(problem, INFO_NCE)
 
 
 def prepare(contender: Contender, case: Case) -> Loss | dict[str, str]:

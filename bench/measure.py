@@ -18,6 +18,7 @@ from typing import Any
 
 import ceilings
 import contenders
+import roster
 import torch
 from budget import Budget, Need
 from contenders import OURS, Case, Contender, Loss
@@ -56,7 +57,7 @@ def measure_case(
     """Everything about one case, contender by contender."""
     results: dict[str, Any] = {}
     sets = _input_sets(case)
-    everyone = {contender.name: contender for contender in contenders.of(case.problem)}
+    everyone = {contender.name: contender for contender in roster.of(case.problem)}
     expected = step(everyone[OURS].build(case), sets[0])
     entries = []
     for contender in everyone.values():

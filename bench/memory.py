@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import contenders
+import roster
 import torch
 from budget import Budget, Need
 from contenders import Case, Contender
@@ -93,7 +94,7 @@ def run(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for given in spec["cases"]:
         case = Case(given["problem"], given["batch"], given["device"], given["dtype"])
         found: dict[str, Any] = {}
-        for contender in contenders.of(case.problem):
+        for contender in roster.of(case.problem):
             name = contender.name
             if name not in given["names"]:
                 found[name] = NOT_ASKED

@@ -54,3 +54,23 @@ def hd_nce_bmm(
         (share * part.sum() for share, part in zip(shares, losses.split(steps), strict=True)),
         losses.new_zeros(()),
     )
+
+
+def sup_con_in(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """−log( Σ positives / Σ all but self ) over masked logits."""
+    unit = F.normalize(embeddings, dim=-1)
+    logits = (unit @ unit.mT / temperature).float()
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    others = logits.masked_fill(itself, -torch.inf)
+    positives = others.masked_fill(labels[:, None] != labels, -torch.inf)
+    return (others.logsumexp(-1) - positives.logsumexp(-1)).mean()
+
+
+def hn_nce(query: Tensor, key: Tensor, temperature: float, *, beta: float) -> Tensor:
+    """InfoNCE whose negatives weigh n·softmax(β·logits)."""
+    logits = (F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT / temperature).float()
+    positive, negatives = logits.diagonal(), len(logits) - 1
+    itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(itself, -torch.inf)
+    weighted = negatives * (beta * logits).softmax(-1) * logits.exp()
+    return (positive.exp() + weighted.sum(-1)).log().sub(positive).mean()

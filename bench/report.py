@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import COMPILED, EAGER, OURS
+from family import FAMILY
 
 from hdc import atomic
 
@@ -56,7 +57,7 @@ def refresh(results: Sequence[Result], files: Sequence[Path] | None = None) -> l
 def markdown(result: Result, *, whole: bool) -> str:
     """The summary, or with `whole` every table."""
     lines = [describe(result), ""]
-    tables = list(_tables(result)) if whole else [("", *_summary(result))]
+    tables = list(_tables(result)) if whole else [("", *_summary(result)), *_family(result)]
     for title, head, rows in tables:
         lines += [f"**{title}**", ""] if title else []
         lines += ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
@@ -97,7 +98,7 @@ def _summary(result: Result) -> tuple[list[str], Rows]:
     head += ["peak memory: eager", "compiled", "ours"]
     rows = []
     for case in runs["default"]["cases"]:
-        if case["problem"] == "overhead":
+        if case["problem"] == "overhead" or case["problem"] in FAMILY:
             continue
         names = (EAGER, COMPILED, OURS)
         row = [title(case), *(_cell(case, name, "step") for name in names)]
@@ -122,14 +123,45 @@ def _tables(result: Result) -> Iterator[tuple[str, list[str], Rows]]:
     if len(result["runs"]) > 1:
         heading += "; ratios with the default allocator / with a raised mmap threshold"
     yield heading, head, rows
+    yield from _family(result)
     for run in result["runs"]:
         where = f"threads: {run['threads']}, allocator: {run['allocator']}"
         for problem in dict.fromkeys(case["problem"] for case in run["cases"]):
+            if problem in FAMILY:
+                continue
             cases = [case for case in run["cases"] if case["problem"] == problem]
             yield _every_contender(problem, cases, where)
             yield _parts(problem, cases, where)
     yield _memory(result)
     yield _accuracy(result)
+
+
+def _family(result: Result) -> Iterator[tuple[str, list[str], Rows]]:
+    """Each of the other losses beside its peer: time at some sizes, and memory."""
+    timed = [case for run in result["runs"] for case in run["cases"] if case["problem"] in FAMILY]
+    if not timed:
+        return
+    weighed = [case for case in result["memory"] if case["problem"] in FAMILY]
+    times, peaks = ({(c["problem"], c["batch"]): c for c in side} for side in (timed, weighed))
+    head = ["loss", "peer"]
+    for batch in dict.fromkeys(case["batch"] for case in timed):
+        head += [f"B = {batch:,}: peer", "ours", "× peer"]
+    for batch in dict.fromkeys(case["batch"] for case in weighed):
+        head += [f"peak memory, B = {batch:,}: peer", "ours"]
+    rows = []
+    for problem in dict.fromkeys(case["problem"] for case in timed):
+        peer = next(contender for contender in FAMILY[problem] if contender.name != OURS)
+        row = [problem, f"{peer.name}, {peer.note}"]
+        for (named, _), case in times.items():
+            if named == problem:
+                row += [_cell(case, name, "step") for name in (peer.name, OURS)]
+                row.append(f"{other:.1f}" if (other := ratio(case, peer.name)) else "–")
+        for (named, _), case in peaks.items():
+            if named == problem:
+                row += [_peak(case["contenders"].get(name)) for name in (peer.name, OURS)]
+        rows.append(row)
+    most = max(run["threads"] for run in result["runs"])
+    yield f"The other losses, forward + backward, threads: {most}", head, rows
 
 
 def _every_contender(
@@ -167,18 +199,15 @@ def _parts(problem: str, cases: list[dict[str, Any]], where: str) -> tuple[str, 
 
 
 def _memory(result: Result) -> tuple[str, list[str], Rows]:
-    cases = [case for case in result["memory"] if case["problem"] != "overhead"]
+    apart = ("overhead", *FAMILY)
+    cases = [case for case in result["memory"] if case["problem"] not in apart]
     head = ["", *dict.fromkeys(title(case) for case in cases)]
     names = dict.fromkeys(name for case in cases for name in case["contenders"])
     rows = []
     for name in names:
         row = [name]
         for case in cases:
-            found = case["contenders"].get(name)
-            if found and "peak_bytes" in found:
-                row.append(amount(found["peak_bytes"]))
-            else:
-                row.append(_why_not(found) if found else "")
+            row.append(_peak(case["contenders"].get(name)))
         rows.append(row)
     heading = "Peak memory that forward + backward adds"
     if result["settings"]["device"] == "cpu":
@@ -197,6 +226,12 @@ def _accuracy(result: Result) -> tuple[str, list[str], Rows]:
     ]
     head = ["dtype", "data", "τ", "loss: eager", "ours", "gradients: eager", "ours"]
     return f"Relative error against float64, B = {result['settings']['accuracy_batch']}", head, rows
+
+
+def _peak(found: dict[str, Any] | None) -> str:
+    if found and "peak_bytes" in found:
+        return amount(found["peak_bytes"])
+    return _why_not(found) if found else ""
 
 
 def _error(value: float | None) -> str:

@@ -95,6 +95,37 @@ def check_weights(
             raise ValueError(f"{name} holds {weight}; a weight must be finite and not negative")
 
 
+def check_bias(name: str, bias: float | Tensor) -> None:
+    """A finite number, or a floating tensor with one element, whose value is not read."""
+    if isinstance(bias, Tensor):
+        if bias.numel() != 1 or not bias.is_floating_point():
+            raise ValueError(
+                f"{name} is a {_describe(bias)}; "
+                "as a tensor it must be floating and hold exactly one element"
+            )
+    elif isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        raise TypeError(f"{name} is a {type(bias).__name__}; it must be a number or a tensor")
+    elif not math.isfinite(bias):
+        raise ValueError(f"{name} is {bias}; it must be finite")
+
+
+def check_labels(name: str, labels: Tensor, of: str, embeddings: Tensor) -> None:
+    """One integer for each row of `embeddings`, which is the argument `of`, on its device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} is a {type(labels).__name__}; it must be a tensor of integers")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{name} has dtype {labels.dtype}; it must be an integer one")
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {_shape(labels)} but {of} has {_shape(embeddings)}; "
+            "it must have one label for each row"
+        )
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"{name} is on {labels.device} but {of} on {embeddings.device}; they must be equal"
+        )
+
+
 def _shape(tensor: Tensor) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hdc_kernels.checks import (
     Backend,
@@ -15,6 +15,7 @@ from hdc_kernels.checks import (
     check_weights,
 )
 from hdc_kernels.contrast import contrast
+from hdc_kernels.module import Loss
 
 Pair = tuple[Tensor, Tensor]
 
@@ -169,7 +170,7 @@ def _list(found: tuple[int, torch.dtype, torch.device]) -> str:
     return f"{batch}, {str(dtype).removeprefix('torch.')}, {device}"
 
 
-class HDNCE(nn.Module):
+class HDNCE(Loss):
     """`fused_hd_nce` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
 
     def __init__(
@@ -182,34 +183,18 @@ class HDNCE(nn.Module):
         normalize: bool = True,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
         check_weights("alpha", alpha)
         check_weights("beta", beta)
-        check_temperature(temperature)
-        check_choice("reduction", reduction, Reduction)
-        check_choice("backend", backend, Backend)
-        self.alpha = tuple(alpha)
-        self.beta = tuple(beta)
-        self.temperature = temperature
-        self.reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
+        super().__init__(
+            temperature,
+            alpha=tuple(alpha),
+            beta=tuple(beta),
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+        )
 
     def forward(self, spatial: Sequence[Pair], temporal: Sequence[Pair]) -> Tensor:
         """See `fused_hd_nce`."""
-        return fused_hd_nce(
-            spatial,
-            temporal,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, normalize={self.normalize}, backend={self.backend!r}"
-        )
+        loss: Tensor = fused_hd_nce(spatial, temporal, **self.options)
+        return loss

@@ -1,0 +1,172 @@
+"""Decoupled contrastive learning (Yeh et al. 2022): NT-Xent without the positive in the denominator."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Mask
+from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.module import Loss
+from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.positives import positive_logits
+
+
+def fused_dcl(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """−w_i·sim(z_i, z_p)/τ + log Σ_j exp(sim(z_i, z_j)/τ) for all 2B rows z of both views.
+
+    z_p is the other view of the sample of z_i. The sum is over the 2B − 2 rows of the other samples, of both
+    views. The paper's Eq. 5 (w = 1) and Eq. 6. The loss can be negative.
+
+    Args:
+        first: [B, D] with B ≥ 2, float64, float32, bfloat16 or float16: one view of each sample.
+        second: [B, D], the other views: `second[i]` belongs to `first[i]`. Same dtype and device.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        weights: the paper's w, [B] for both views of a sample or [2, B] for every row; 1 if not given.
+        reduction: "mean" over the 2B rows, their "sum", or "none" for one value per row, [2, B].
+        normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
+        backend: as in `fused_info_nce`.
+
+    Returns:
+        A scalar, or [2, B] for "none"; float64 for float64 inputs, float32 for all others.
+        A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: lightly's `DCLLoss(temperature=τ)`, whose `weight_fn` gives the weights.
+    """
+    check_pair(("first", "second"), (first, second), "[B, D]")
+    check_temperature(temperature)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    batch = first.shape[0]
+    if batch == 1:
+        raise ValueError(
+            f"first has shape {list(first.shape)}; B must be at least 2, for the only negatives are other "
+            "samples and a sum over none of them has no logarithm"
+        )
+    positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
+    if weights is not None:
+        _check_weights(weights, first)
+        positive = positive * weights.to(positive.dtype)
+    rows = torch.cat((first, second))
+    samples = torch.arange(batch, device=first.device).repeat(2).unsqueeze(0)
+    lse = logsumexp(
+        rows,
+        rows,
+        temperature=temperature,
+        normalize=normalize,
+        mask=Mask(ids=(samples, samples)),
+        reduction=reduction,
+        backend=backend,
+    )
+    if reduction == "none":
+        lse = lse.view(2, batch)
+    return lse - reference.reduce(positive, reduction)
+
+
+def fused_dclw(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    sigma: float = 0.5,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`fused_dcl` with w_i = 2 − B·softmax_i(sim(first_i, second_i)/σ): the harder the positive, the more it counts.
+
+    The weights carry no gradient. In the paper, it is the von Mises-Fisher weighting of DCLW.
+
+    Args:
+        sigma: σ > 0.
+        first, second, temperature, reduction, normalize, backend: as in `fused_dcl`.
+
+    Returns, raises: as `fused_dcl`.
+
+    Equals: lightly's `DCLWLoss(temperature=τ, sigma=σ)`.
+    """
+    check_pair(("first", "second"), (first, second), "[B, D]")
+    check_sigma(sigma)
+    similarity = positive_logits(first.detach(), second.detach(), sigma, normalize=normalize)
+    return fused_dcl(
+        first,
+        second,
+        temperature=temperature,
+        weights=2 - first.shape[0] * similarity.softmax(0),
+        reduction=reduction,
+        normalize=normalize,
+        backend=backend,
+    )
+
+
+def check_sigma(sigma: float) -> None:
+    """A positive finite number."""
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise TypeError(f"sigma is a {type(sigma).__name__}; it must be a number")
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma is {sigma}; it must be positive and finite")
+
+
+def _check_weights(weights: Tensor, first: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights is a {type(weights).__name__}; it must be a tensor")
+    batch = first.shape[0]
+    if weights.shape not in ((batch,), (2, batch)) or weights.device != first.device:
+        raise ValueError(
+            f"weights has shape {list(weights.shape)} on {weights.device}; "
+            f"it must be [{batch}] or [2, {batch}] on {first.device}"
+        )
+
+
+class DCL(Loss):
+    """`fused_dcl` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(temperature, reduction=reduction, normalize=normalize, backend=backend)
+
+    def forward(self, first: Tensor, second: Tensor, weights: Tensor | None = None) -> Tensor:
+        """See `fused_dcl`."""
+        return fused_dcl(first, second, weights=weights, **self.options)
+
+
+class DCLW(Loss):
+    """`fused_dclw` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        sigma: float = 0.5,
+        *,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        check_sigma(sigma)
+        super().__init__(
+            temperature, sigma=sigma, reduction=reduction, normalize=normalize, backend=backend
+        )
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """See `fused_dclw`."""
+        return fused_dclw(first, second, **self.options)

@@ -1,0 +1,179 @@
+"""InfoNCE that weights hard negatives: Robinson et al. 2021 (HCL) and Radenovic et al. 2023 (HN-NCE)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Mask
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_labels,
+    check_pair,
+    check_temperature,
+)
+from hdc_kernels.module import Loss
+from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.positives import divide, positive_logits
+
+
+def fused_hn_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    tau_plus: float = 0.0,
+    labels: Tensor | None = None,
+    symmetric: bool = False,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """−log( e^{s_ii} / (α·e^{s_ii} + N_i) ) with s_ij = sim(q_i, k_j)/τ and N_i a weighted sum over negatives.
+
+        N_i = Σ_{j≠i} w_ij·e^{s_ij},   w_ij = n·e^{β·s_ij} / Σ_{k≠i} e^{β·s_ik},   n = B − 1
+
+    is that of Radenovic et al. β = 0 and α = 1 make it InfoNCE. Robinson et al. also take away what
+    false negatives are expected to add, if a share τ⁺ of all keys belongs to the query; N_i becomes
+
+        max( (N_i − τ⁺·n·e^{s_ii}) / (1 − τ⁺), n·e^{−1/τ} ).
+
+    Args:
+        query: [B, D], float64, float32, bfloat16 or float16.
+        key: [B, D]; `key[i]` is the positive of `query[i]`, all others are its negatives. Same dtype
+            and device as `query`.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        alpha: α ≥ 0, the positive's share in the denominator; 0 leaves it out.
+        beta: β ≥ 0, how much the weights concentrate on hard negatives; it multiplies the logits s.
+        tau_plus: τ⁺, from 0 to below 1. The bound n·e^{−1/τ} is the least that cosines can add up to.
+        labels: [B] integers, or None: keys of the query's own label are no negatives (nor is the query's
+            positive), and n is the number of those that are.
+        symmetric: the mean of both directions, query to key and key to query.
+        reduction: "mean", "sum", or "none" for one value per query, [B].
+        normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
+        backend: as in `fused_info_nce`. There are two passes over the pairs, with β = 0 one, and
+            twice as many with `symmetric`.
+
+    Returns:
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. The term of a
+        query without negatives is 0, as it is with B = 1. A NaN in the input gives a NaN loss.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: with `symmetric=True` half of HN-NCE as published, which adds the directions. Two views a and b
+    of the same images as in HCL: `fused_hn_nce(cat(a, b), cat(b, a), tau_plus=τ⁺, labels=cat(i, i))`
+    with `i = arange(len(a))`.
+    """
+    check_pair(("query", "key"), (query, key), "[B, D]")
+    check_temperature(temperature)
+    _check_weighting(alpha, beta, tau_plus)
+    if labels is not None:
+        check_labels("labels", labels, "query", query)
+        labels = labels.long()
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+
+    if isinstance(temperature, Tensor):  # before it is divided, in 16 bits perhaps
+        temperature = temperature.to(reference.compute_dtype(query.dtype)).reshape(())
+    positive = positive_logits(query, key, temperature, normalize=normalize)
+    counts = _count_negatives(positive, labels)
+    least = divide(counts.new_full((), -1.0), temperature)
+    ids = None if labels is None else (labels.unsqueeze(0), labels.unsqueeze(0))
+
+    def direction(x: Tensor, y: Tensor) -> Tensor:
+        def over_negatives(factor: float) -> Tensor:
+            return logsumexp(
+                x,
+                y,
+                temperature=temperature / factor,
+                normalize=normalize,
+                mask=Mask(diagonal=False, ids=ids),
+                backend=backend,
+            )
+
+        lse = over_negatives(1 + beta)
+        if beta > 0:  # otherwise all weights are 1
+            lse = lse - over_negatives(beta) + counts.clamp_min(1).log()
+        excess = torch.where(counts > 0, lse - positive, 0.0)
+        if tau_plus > 0:
+            excess = _debias(excess, counts, least - positive, tau_plus)
+        term = excess
+        if alpha > 0:  # log(α + e^z)
+            term = math.log(alpha) - F.logsigmoid(math.log(alpha) - excess)
+        return torch.where(counts > 0, term, 0.0)
+
+    terms = direction(query, key)
+    if symmetric:
+        terms = (terms + direction(key, query)) / 2
+    return reference.reduce(terms, reduction)
+
+
+class HNNCE(Loss):
+    """`fused_hn_nce` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        tau_plus: float = 0.0,
+        symmetric: bool = False,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        _check_weighting(alpha, beta, tau_plus)
+        super().__init__(
+            temperature,
+            alpha=alpha,
+            beta=beta,
+            tau_plus=tau_plus,
+            symmetric=symmetric,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+        )
+
+    def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None) -> Tensor:
+        """See `fused_hn_nce`."""
+        return fused_hn_nce(query, key, labels=labels, **self.options)
+
+
+def _count_negatives(positive: Tensor, labels: Tensor | None) -> Tensor:
+    """How many negatives each query has, in the dtype of the logits."""
+    size = positive.shape[0]
+    if labels is None:
+        return torch.full_like(positive, size - 1)
+    ordered = labels.sort().values
+    same = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+    return (size - same).to(positive.dtype)
+
+
+def _debias(excess: Tensor, counts: Tensor, least: Tensor, tau_plus: float) -> Tensor:
+    """log(N_i / e^{s_ii}) without the false negatives; `least` is that of the easiest possible negative."""
+    some = counts.clamp_min(1).log()
+    # The logarithm of the false negatives' share. Where it is 0 or more nothing would be left, and the
+    # bound takes over; written so that NaN is not among these.
+    share = math.log(tau_plus) + some - excess
+    nothing = share >= 0
+    left = excess + torch.log1p(-share.masked_fill(nothing, -1.0).exp()) - math.log1p(-tau_plus)
+    return torch.maximum(left.masked_fill(nothing, -torch.inf), some + least)
+
+
+def _check_weighting(alpha: float, beta: float, tau_plus: float) -> None:
+    for name, value in (("alpha", alpha), ("beta", beta), ("tau_plus", tau_plus)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be finite and not negative")
+    if tau_plus >= 1:
+        raise ValueError(f"tau_plus is {tau_plus}; it must be below 1")

@@ -1,0 +1,182 @@
+"""MoCo (He et al. 2020): InfoNCE against a queue of keys of earlier batches."""
+
+import torch
+from torch import Tensor, nn
+
+from hdc_kernels import reference
+from hdc_kernels.backends import EVERYTHING, Mask
+from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.module import Loss
+from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.positives import info_nce_terms, positive_logits
+
+
+class Queue(nn.Module):
+    """The last K keys that it was given, in buffers: they move with the module and are in its state dict.
+
+    A batch takes the places of the oldest keys, in any number: the last and smaller batch of an epoch, one that
+    goes over the end (the rest goes to the beginning), one larger than the queue (its last K keys stay). It holds
+    what this process gives it; where several train together, give each the keys of all. DDP's broadcast
+    of buffers then changes nothing.
+
+    `keys` is replaced, never written into: a loss of earlier keys still has its gradients. Nothing is read back
+    from the device, so a queue does not make the host wait and compiles into one graph.
+
+    Args:
+        size: K, the number of keys.
+        dimension: D, of a key.
+        dtype: of the buffer; keys are converted. That of the queries saves a conversion of all in each step.
+
+    Buffers:
+        keys: [K, D], zero where there is none yet; without a gradient.
+        position: where the next key goes, int64 without a dimension.
+        filled: how many places hold a key, the first of `keys`, int64 without a dimension.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+    """
+
+    keys: Tensor
+    position: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, dimension: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dimension", dimension)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.register_buffer("keys", torch.zeros(size, dimension, dtype=dtype))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Put keys [N, D] of any N in, instead of the oldest ones. They are detached.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given, and what is allowed.
+        """
+        size, dimension = self.keys.shape
+        if not isinstance(keys, Tensor):
+            raise TypeError(f"keys is a {type(keys).__name__}; it must be a tensor [N, D]")
+        if keys.dim() != 2 or keys.shape[1] != dimension or keys.device != self.keys.device:
+            raise ValueError(
+                f"keys has shape {list(keys.shape)} on {keys.device}; "
+                f"it must be [N, {dimension}] on {self.keys.device}"
+            )
+        count = len(keys)
+        kept = min(count, size)
+        places = torch.arange(count - kept, count, device=keys.device)
+        places = (self.position + places) % size
+        self.keys = self.keys.index_copy(0, places, keys[count - kept :].to(self.keys.dtype))
+        self.position = (self.position + count) % size
+        self.filled = (self.filled + count).clamp(max=size)
+
+    def mask(self, rows: int) -> Mask:
+        """Which keys `rows` queries are compared with: all that there are."""
+        ids = torch.arange(len(self.keys), device=self.keys.device) >= self.filled
+        return Mask(ids=(ids.new_ones((1, rows), dtype=torch.int64), ids.long().unsqueeze(0)))
+
+    def extra_repr(self) -> str:
+        size, dimension = self.keys.shape
+        return f"size={size}, dimension={dimension}, dtype={self.keys.dtype}"
+
+
+def fused_moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Queue | Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """log( 1 + Σ_k exp((sim(q_i, n_k) − sim(q_i, k_i))/τ) ), n_k the keys of a queue, with cosine similarity.
+
+    Args:
+        query: [B, D], float64, float32, bfloat16 or float16.
+        key: [B, D], the positives: `key[i]` is that of `query[i]`, and no negative of any other. Same dtype
+            and device. In MoCo, a momentum encoder made it without gradients; here, it gets one if it needs one.
+        queue: a `Queue`, of which only the places that hold a key count; while there is none, the loss is 0. Or
+            any keys [K, D] of the same dtype and device.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        reduction: "mean" over the queries, their "sum", or "none" for one value per query, [B].
+        normalize: divide by the L2 norm first, in the queue, too. With False, the similarity is the
+            plain dot product.
+        backend: as in `fused_info_nce`.
+
+    Returns:
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
+        A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: the cross-entropy of the logits that MoCo's `builder.MoCo` returns, with its queue's keys in rows;
+    `info_nce.info_nce(query, key, queue, temperature=τ)` of info-nce-pytorch.
+    """
+    check_pair(("query", "key"), (query, key), "[B, D]")
+    check_temperature(temperature)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    rows, width = query.shape
+    mask = EVERYTHING
+    if isinstance(queue, Queue):
+        mask = queue.mask(rows)
+        queue = queue.keys.to(query.dtype)
+    if not isinstance(queue, Tensor):
+        raise TypeError(f"queue is a {type(queue).__name__}; it must be a Queue or a tensor [K, D]")
+    if queue.dim() != 2 or queue.shape[1] != width or not len(queue):
+        raise ValueError(
+            f"queue has shape {list(queue.shape)}; it must be [K, D], here [K, {width}] with K ≥ 1"
+        )
+    for what in ("dtype", "device"):
+        ours, theirs = getattr(query, what), getattr(queue, what)
+        if ours != theirs:
+            raise ValueError(f"queue has {what} {theirs} but query has {ours}; they must be equal")
+    negative = logsumexp(
+        query, queue, temperature=temperature, normalize=normalize, mask=mask, backend=backend
+    )
+    positive = positive_logits(query, key, temperature, normalize=normalize)
+    return reference.reduce(info_nce_terms(negative, positive), reduction)
+
+
+class MoCo(Loss):
+    """`fused_moco` with a queue of its own: compares a batch with it, then puts the keys in (in training only).
+
+    Args:
+        size: the number of keys in the queue, K.
+        dimension: D, of a key.
+        temperature: pass an `nn.Parameter` to learn it.
+        dtype: of the queue.
+        reduction, normalize, backend: as in `fused_moco`.
+
+    Attributes:
+        queue: the `Queue`. It starts empty; `module.queue.enqueue(torch.randn(K, D))` makes it start with random
+            negatives, as the paper's code does.
+    """
+
+    def __init__(
+        self,
+        size: int = 65536,
+        dimension: int = 128,
+        temperature: float | Tensor = 0.07,
+        *,
+        dtype: torch.dtype = torch.float32,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(temperature, reduction=reduction, normalize=normalize, backend=backend)
+        self.queue = Queue(size, dimension, dtype=dtype)
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        """See `fused_moco`."""
+        loss = fused_moco(query, key, self.queue, **self.options)
+        if self.training:
+            self.queue.enqueue(key)
+        return loss

@@ -1,0 +1,117 @@
+"""SigLIP's sigmoid loss (Zhai et al. 2023): whether an image and a text belong together, pair by pair."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdc_kernels import reference
+from hdc_kernels.backends import Mask
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_bias,
+    check_choice,
+    check_pair,
+    check_temperature,
+)
+from hdc_kernels.module import Loss
+from hdc_kernels.pairwise import softplus_sum
+from hdc_kernels.positives import positive_logits
+
+
+def fused_siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    bias: float | Tensor = -10.0,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """−Σ_j log σ(z_ij·(sim(image_i, text_j)/τ + b)) with cosine similarity; z_ij is 1 if i = j, otherwise −1.
+
+    Args:
+        image: [B, D], float64, float32, bfloat16 or float16.
+        text: [N, D] with N ≥ B; `text[i]` belongs to `image[i]`, the texts from B on to no image. Same D,
+            dtype and device as `image`.
+        temperature: τ > 0, the paper's 1/t, initially 1/10 there; a number, or a tensor with one element,
+            which then gets its gradient. The value of a tensor is not checked.
+        bias: b, initially −10 in the paper; a number, or a tensor with one element, which then gets its
+            gradient.
+        reduction: "mean" over the images (each is a sum over the texts), their "sum", or "none" for
+            one value per image, [B].
+        normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
+        backend: as in `fused_info_nce`.
+
+    Returns:
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
+        A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: on normalised inputs, open_clip's `SigLipLoss` at `logit_scale=1/τ` and `logit_bias=b`.
+    """
+    check_pair(("image", "text"), (image, text), "[B, D]", extra_rows=True)
+    check_temperature(temperature)
+    check_bias("bias", bias)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    if isinstance(bias, Tensor):
+        bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
+    negatives = softplus_sum(
+        image,
+        text,
+        bias,
+        temperature=temperature,
+        normalize=normalize,
+        mask=Mask(diagonal=False),
+        reduction=reduction,
+        backend=backend,
+    )
+    positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
+    return negatives + reference.reduce(-F.logsigmoid(positive + bias), reduction)
+
+
+class SigLIP(Loss):
+    """`fused_siglip` with the scale and the bias that the paper learns.
+
+    The parameters have the names that they have in open_clip's models: `logit_scale` is log(1/τ), of which
+    the similarities get the exponential, `logit_bias` is b.
+
+    Args:
+        scale: the initial 1/τ.
+        bias: the initial b.
+        reduction, normalize, backend: as in `fused_siglip`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+    """
+
+    def __init__(
+        self,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        *,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale is a {type(scale).__name__}; it must be a number")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale is {scale}; it must be positive and finite")
+        check_bias("bias", bias)
+        super().__init__(None, reduction=reduction, normalize=normalize, backend=backend)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """See `fused_siglip`."""
+        temperature = (-self.logit_scale).exp()
+        return fused_siglip(
+            image, text, temperature=temperature, bias=self.logit_bias, **self.options
+        )

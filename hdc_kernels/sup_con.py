@@ -1,0 +1,290 @@
+"""Several positives per anchor (Khosla et al. 2020), in the three definitions that are in use."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdc_kernels.backends import Mask
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_labels,
+    check_pair,
+    check_temperature,
+)
+from hdc_kernels.module import Loss
+from hdc_kernels.pairwise import logsumexp, softplus_sum
+from hdc_kernels.positives import divide, info_nce_terms
+from hdc_kernels.positives import embeddings as unit_vectors
+
+Definition = Literal["out", "in", "each"]
+WithoutPositive = Literal["exclude", "zero"]
+
+NOTHING = -1e30  # the logarithm of no negatives at all, finite so that it has derivatives
+
+
+def fused_sup_con(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    definition: Definition = "out",
+    positives: Tensor | None = None,
+    other: Tensor | None = None,
+    other_labels: Tensor | None = None,
+    other_holds_self: bool = False,
+    without_positive: WithoutPositive = "exclude",
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Contrast of each anchor's positives with all others, s_ij = sim(x_i, x_j)/τ with cosine similarity.
+
+        "out"    −1/|P_i| Σ_{p∈P_i} log( e^{s_ip} / Σ_{j≠i} e^{s_ij} )
+        "in"     −log( Σ_{p∈P_i} e^{s_ip} / Σ_{j≠i} e^{s_ij} )
+        "each"   Σ_{p∈P_i} −log( e^{s_ip} / (e^{s_ip} + Σ_{n∈N_i} e^{s_in}) )
+
+    P_i are the positives of anchor i and N_i its negatives: all that are neither i nor in P_i.
+
+    Args:
+        embeddings: [B, D], float64, float32, bfloat16 or float16.
+        labels: [B], any integers. Embeddings with the anchor's label, but for itself, are its positives.
+        temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
+            The value of a tensor is not checked.
+        definition: see above.
+        positives: [2, E] integers instead of labels, the pairs (anchor, its positive). No anchor is its
+            own positive and no pair is listed twice; neither is checked. Costs one pass over all pairs and
+            O((B + E)·D) time and memory more, and a sort.
+        other: [N, D], what the anchors are compared with instead of each other; same D, dtype and device
+            as `embeddings`. The pairs in `positives` are then of a row of `embeddings` and one of `other`.
+        other_labels: [N] integers; needed with `labels` and `other`.
+        other_holds_self: the first B rows of `other` are the anchors themselves (a memory that the batch
+            has just entered, say), with their labels; each is left out of its own sums.
+        without_positive: the term of an anchor without a positive is 0; "exclude" leaves it out of
+            the mean and "zero" counts it. "each" is a mean over pairs, where neither has a meaning.
+        reduction: "mean" over the anchors, or for "each" over all pairs of an anchor and a positive;
+            "sum", or "none" for one value per anchor, [B]. The mean of nothing is 0.
+        normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
+        backend: as in `fused_info_nce`.
+
+    Returns:
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. NaN where an
+        embedding that takes part is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given, and what is allowed.
+
+    Equals: "out", pytorch-metric-learning's `SupConLoss` while no term is 0, and with "zero" SupContrast's
+    on normalised features; "each", pytorch-metric-learning's `NTXentLoss`; "in", solo-learn's
+    `simclr_loss_func`.
+    """
+    _check(embeddings, labels, positives, other, other_labels, other_holds_self)
+    check_temperature(temperature)
+    check_choice("definition", definition, Definition)
+    check_choice("without_positive", without_positive, WithoutPositive)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("backend", backend, Backend)
+    problem = _Problem(
+        embeddings,
+        embeddings if other is None else other,
+        other is None or other_holds_self,
+        temperature,
+        normalize,
+        backend,
+    )
+    if labels is not None:
+        columns = labels if other_labels is None else other_labels
+        terms, counts = _by_labels(problem, labels.long(), columns.long(), definition)
+    else:
+        assert positives is not None
+        terms, counts = _by_list(problem, positives.long(), definition)
+    if reduction == "none":
+        return terms
+    total = terms.sum()
+    if reduction == "sum":
+        return total
+    if definition == "each":
+        return total / counts.sum().clamp_min(1)
+    if without_positive == "zero":
+        return total / len(terms)
+    return total / (counts > 0).sum().clamp_min(1)
+
+
+class SupCon(Loss):
+    """`fused_sup_con` as a module. Pass an `nn.Parameter` as `temperature` to learn it."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        definition: Definition = "out",
+        without_positive: WithoutPositive = "exclude",
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        check_choice("definition", definition, Definition)
+        check_choice("without_positive", without_positive, WithoutPositive)
+        super().__init__(
+            temperature,
+            definition=definition,
+            without_positive=without_positive,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positives: Tensor | None = None,
+        other: Tensor | None = None,
+        other_labels: Tensor | None = None,
+        other_holds_self: bool = False,
+    ) -> Tensor:
+        """See `fused_sup_con`."""
+        return fused_sup_con(
+            embeddings,
+            labels,
+            positives=positives,
+            other=other,
+            other_labels=other_labels,
+            other_holds_self=other_holds_self,
+            **self.options,
+        )
+
+
+class _Problem(NamedTuple):
+    """Anchors x [M, D], columns y [N, D], and whether row i of y is anchor i, for i < M."""
+
+    x: Tensor
+    y: Tensor
+    holds_self: bool
+    temperature: float | Tensor
+    normalize: bool
+    backend: str
+
+    def options(
+        self,
+        ids: tuple[Tensor, Tensor] | None = None,
+        *,
+        same: bool = False,
+        left_out: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """For `logsumexp` and `softplus_sum`, over what the mask lets through but the anchor itself."""
+        return {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "mask": Mask(not self.holds_self, ids, same, left_out),
+            "backend": self.backend,
+        }
+
+    def logsumexp(self, **mask: Any) -> Tensor:
+        return logsumexp(self.x, self.y, **self.options(**mask))
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """x and y as every product takes them."""
+        x = unit_vectors(self.x, normalize=self.normalize)
+        return x, x if self.y is self.x else unit_vectors(self.y, normalize=self.normalize)
+
+
+def _by_labels(
+    problem: _Problem, x_labels: Tensor, y_labels: Tensor, definition: Definition
+) -> tuple[Tensor, Tensor]:
+    """Each anchor's term, and how many positives it has."""
+    ordered = y_labels.sort().values
+    group = torch.searchsorted(ordered, x_labels)  # the place of the label's first column
+    counts = torch.searchsorted(ordered, x_labels, right=True) - group
+    if problem.holds_self:
+        counts = counts - 1
+    if definition == "out":
+        x, y = problem.vectors()
+        # The mean of products is one with the mean positive.
+        sums = torch.zeros_like(y).index_add(0, torch.searchsorted(ordered, y_labels), y)
+        own = sums[group.clamp_max(len(y) - 1)]
+        if problem.holds_self:
+            own = own - y[: len(x)]
+        mean = divide((x * own).sum(-1) / counts.clamp_min(1), problem.temperature)
+        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
+    ids = x_labels.unsqueeze(0), y_labels.unsqueeze(0)
+    negative = problem.logsumexp(ids=ids)
+    if definition == "in":
+        return _log_share(problem.logsumexp(ids=ids, same=True), negative, counts), counts
+    options = problem.options(ids, same=True)
+    return softplus_sum(-problem.x, problem.y, negative.clamp_min(NOTHING), **options), counts
+
+
+def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:
+    """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i."""
+    x, y = problem.vectors()
+    order = (positives[0] * len(y) + positives[1]).argsort()  # that of a mask's entries
+    anchor, positive = positives = positives[:, order]
+    logits = divide((x[anchor] * y[positive]).sum(-1), problem.temperature)
+    zeros = logits.new_zeros(len(x))
+    counts = torch.zeros_like(zeros, dtype=torch.long).index_add(0, anchor, torch.ones_like(anchor))
+    if definition == "out":
+        mean = zeros.index_add(0, anchor, logits) / counts.clamp_min(1)
+        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
+    # To subtract the positives from a sum over all would leave rounding errors where they are most of it.
+    negative = problem.logsumexp(left_out=positives)
+    if definition == "each":
+        return zeros.index_add(0, anchor, info_nce_terms(negative[anchor], logits)), counts
+    largest = zeros.scatter_reduce(0, anchor, logits.detach(), "amax", include_self=False)
+    sums = zeros.index_add(0, anchor, (logits - largest[anchor]).exp())
+    return _log_share(torch.where(counts > 0, sums, 1.0).log() + largest, negative, counts), counts
+
+
+def _log_share(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
+    """−log( P / (P + N) ) of their logarithms; 0 without a positive."""
+    return info_nce_terms(negative, torch.where(counts > 0, positive, torch.inf))
+
+
+def _check(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    positives: Tensor | None,
+    other: Tensor | None,
+    other_labels: Tensor | None,
+    other_holds_self: bool,
+) -> None:
+    check_pair(("embeddings", "embeddings"), (embeddings, embeddings), "[B, D]")
+    if other is not None:
+        pair = [("embeddings", embeddings), ("other", other)]
+        fewer = isinstance(other, Tensor) and other.shape[:1] < embeddings.shape[:1]
+        if fewer and not other_holds_self:
+            pair.reverse()  # either may have more rows
+        (first, x), (second, y) = pair
+        check_pair((first, second), (x, y), "[B, D]", extra_rows=True)
+    elif other_labels is not None or other_holds_self:
+        given = "other_holds_self" if other_labels is None else "other_labels"
+        raise ValueError(f"{given} is given but other is not; give both or neither")
+    if (labels is None) == (positives is None):
+        given = "neither" if labels is None else "both"
+        raise ValueError(f"labels and positives: {given} given; give exactly one")
+    if labels is not None:
+        check_labels("labels", labels, "embeddings", embeddings)
+        if (other is None) != (other_labels is None):
+            raise ValueError("other is given but other_labels is not; labels need both or neither")
+        if other is not None and other_labels is not None:
+            check_labels("other_labels", other_labels, "other", other)
+        return
+    assert positives is not None
+    if other_labels is not None:
+        raise ValueError("other_labels is given with positives; they go with labels only")
+    if not isinstance(positives, Tensor):
+        raise TypeError(
+            f"positives is a {type(positives).__name__}; it must be a tensor of integers"
+        )
+    if positives.is_floating_point() or positives.is_complex() or positives.dtype == torch.bool:
+        raise TypeError(f"positives has dtype {positives.dtype}; it must be an integer one")
+    if positives.dim() != 2 or positives.shape[0] != 2:
+        raise ValueError(f"positives has shape {list(positives.shape)}; it must be [2, E]")
+    if positives.device != embeddings.device:
+        raise ValueError(
+            f"positives is on {positives.device} but embeddings on {embeddings.device}; "
+            "they must be equal"
+        )

@@ -1,0 +1,48 @@
+"""Against the formulas of MoCo v1 to v3, in plain PyTorch: its losses stand in models that need a cluster."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from torch import Tensor
+
+from hdc_kernels.compat.moco import contrastive_loss, moco_loss
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Random embeddings that do not depend on the order of the tests."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_v1_and_v2(seed: int) -> None:
+    """The queue has its keys in columns; nothing is normalised again. The default temperature is 0.07."""
+
+    def exact(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+        s = torch.cat(((q * k).sum(1, keepdim=True), q @ queue), 1) / 0.07
+        return F.cross_entropy(s, torch.zeros(len(q), dtype=torch.int64))
+
+    q, k = (F.normalize(randn(6, 5, seed=seed + 9 * j), dim=1) for j in range(2))
+    agree(moco_loss, exact, q, k, F.normalize(randn(5, 16, seed=seed + 20), dim=0))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.2])
+def test_v3(tau: float) -> None:
+    """Normalised inside, times 2T, both directions added by the caller."""
+
+    def exact(q: Tensor, k: Tensor, t: Tensor) -> Tensor:
+        s = F.normalize(q, dim=1) @ F.normalize(k, dim=1).mT / t
+        return F.cross_entropy(s, torch.arange(len(q))) * 2 * t
+
+    agree(
+        contrastive_loss,
+        exact,
+        randn(6, 5),
+        randn(6, 5, seed=1),
+        torch.tensor(tau, dtype=torch.float64),
+    )
+    expected = exact(randn(6, 5), randn(6, 5, seed=1), torch.tensor(1.0))
+    assert contrastive_loss(randn(6, 5), randn(6, 5, seed=1)).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )

@@ -1,0 +1,202 @@
+"""Against sentence-transformers 6.2.0 itself, with a model of one random layer."""
+
+from typing import Any
+
+import pytest
+import torch
+from agreement import agree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer import losses as peer
+from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
+from torch import Tensor, nn
+
+from hdc_kernels.compat.sentence_transformers import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+    multiple_negatives_ranking,
+)
+
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+VARIANTS: list[tuple[Any, Any]] = [
+    (("query_to_doc",), "joint"),
+    (("query_to_doc",), "per_direction"),
+    (("query_to_doc", "doc_to_query"), "per_direction"),
+    (("query_to_doc", "query_to_query"), "joint"),
+    (("query_to_doc", "doc_to_query"), "joint"),
+    (("query_to_doc", "doc_to_doc"), "joint"),
+    (ALL, "joint"),
+]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Random embeddings that do not depend on the order of the tests."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+class Encoder(nn.Module):
+    """In place of a SentenceTransformer: word vectors, averaged, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.words = nn.Parameter(torch.randn(30, 6, generator=generator, dtype=torch.float64))
+        self.layer = nn.Linear(6, 4).double()
+        with torch.no_grad():
+            self.layer.weight.copy_(randn(4, 6, seed=8))
+            self.layer.bias.zero_()
+        self.calls: list[int] = []
+
+    def __getitem__(self, index: int) -> nn.Module:
+        """The peer looks at the first module of a SentenceTransformer."""
+        return self.layer
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As a SentenceTransformer: the features with what it made of them."""
+        self.calls.append(len(features["input_ids"]))
+        mask = features["attention_mask"].unsqueeze(-1)
+        words = self.words[features["input_ids"]] * mask
+        pooled = self.layer(words.sum(1) / mask.sum(1)).tanh()
+        return {**features, "token_embeddings": words, "sentence_embedding": pooled}
+
+
+def columns(count: int, batch: int = 7, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Sentences of up to five words."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(0, 30, (batch, 5), generator=generator)
+        lengths = torch.randint(1, 6, (batch, 1), generator=generator)
+        made.append({"input_ids": ids, "attention_mask": (torch.arange(5) < lengths).long()})
+    return made
+
+
+def gradients(loss: Tensor, encoder: Encoder) -> list[Tensor]:
+    """Of all parameters."""
+    return list(torch.autograd.grad(loss, list(encoder.parameters())))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    batch=st.integers(2, 7),
+    hard=st.integers(0, 2),
+    scale=st.sampled_from([1.0, 20.0]),
+    similarity=st.sampled_from([cos_sim, dot_score]),
+    seed=st.integers(0, 2**31),
+)
+def test_embeddings(
+    variant: Any, batch: int, hard: int, scale: float, similarity: Any, seed: int
+) -> None:
+    """All directions and partitions, with hard negatives and without, loss and all gradients."""
+    directions, partition_mode = variant
+    theirs = peer.MultipleNegativesRankingLoss(
+        Encoder(),
+        scale=scale,
+        similarity_fct=similarity,
+        directions=directions,
+        partition_mode=partition_mode,
+    )
+    agree(
+        lambda *x: multiple_negatives_ranking(
+            x,
+            scale=scale,
+            similarity_fct=similarity,
+            directions=directions,
+            partition_mode=partition_mode,
+        ),
+        lambda *x: theirs.compute_loss_from_embeddings(list(x), None),
+        *(randn(batch, 5, seed=seed + k) for k in range(2 + hard)),
+        bound=1e-11,
+        floor=0.1,
+    )
+
+
+@pytest.mark.parametrize("hard", [0, 2])
+def test_module_with_the_peer_s_defaults(hard: int) -> None:
+    """The same model, the same columns: loss and the model's gradients."""
+    encoder = Encoder()
+    found = []
+    for loss in (MultipleNegativesRankingLoss, peer.MultipleNegativesRankingLoss):
+        value = loss(encoder)(columns(2 + hard), torch.zeros(0))
+        found.append([value, *gradients(value, encoder)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    assert MultipleNegativesRankingLoss(encoder).temperature == 0.05
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]])
+def test_cached(variant: Any) -> None:
+    """Three rows at a time, with the gradients of the whole batch, equal to the peer's."""
+    directions, partition_mode = variant
+    encoder = Encoder()
+    options = {"directions": directions, "partition_mode": partition_mode}
+    found = []
+    for loss in (CachedMultipleNegativesRankingLoss, peer.CachedMultipleNegativesRankingLoss):
+        encoder.calls.clear()
+        encoder.zero_grad()
+        value = loss(encoder, mini_batch_size=3, **options)(columns(3), torch.zeros(0))
+        value.backward()
+        found.append([value.detach(), *(p.grad.clone() for p in encoder.parameters())])
+        assert max(encoder.calls) <= 3
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+
+
+def test_scale_gets_its_gradient() -> None:
+    """It may be learnt."""
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    loss = multiple_negatives_ranking([randn(4, 5), randn(4, 5, seed=1)], scale=scale)
+    (found,) = torch.autograd.grad(loss, scale)
+
+    s = cos_sim(randn(4, 5), randn(4, 5, seed=1)) * scale
+    exact = torch.nn.functional.cross_entropy(s, torch.arange(4))
+    (slope,) = torch.autograd.grad(exact, scale)
+    assert found.item() == pytest.approx(slope.item(), rel=1e-11)
+
+
+def test_the_model_card_s_entries() -> None:
+    """The same keys as the peer's."""
+    ours = MultipleNegativesRankingLoss(Encoder()).get_config_dict()
+    assert ours == peer.MultipleNegativesRankingLoss(Encoder()).get_config_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "scale is 0.0; it must be positive"),
+        ({"similarity_fct": euclidean_sim}, "similarity_fct is 'euclidean_sim'; only"),
+        ({"gather_across_devices": True}, "gather_across_devices is True; several processes"),
+        ({"directions": ("doc_to_query",)}, "it must have 'query_to_doc'"),
+        ({"directions": ("query_to_all",)}, "an entry of directions is 'query_to_all'; it must be"),
+        ({"directions": ALL, "partition_mode": "per_direction"}, "with partition_mode='per_dir"),
+        ({"partition_mode": "x"}, "partition_mode is 'x'; it must be one of"),
+        ({"hardness_mode": "hard_negatives", "hardness_strength": 5.0}, "hardness weights are not"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    """One line: the argument, what was given, what is allowed."""
+    for loss in (MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss):
+        with pytest.raises(ValueError, match=message):
+            loss(Encoder(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mini_batch_size": 0}, "chunk_size is 0"),
+        ({"mini_batch_num_tokens": 100}, "mini_batch_num_tokens is 100; it is not supported"),
+        ({"show_progress_bar": True}, "show_progress_bar is True; it is not supported"),
+    ],
+)
+def test_errors_of_the_cached_loss(options: dict[str, Any], message: str) -> None:
+    """What it has no use for is refused, not ignored."""
+    with pytest.raises(ValueError, match=message):
+        CachedMultipleNegativesRankingLoss(Encoder(), **options)
+
+
+def test_queries_alone() -> None:
+    """Two columns at least."""
+    with pytest.raises(ValueError, match="embeddings has 1 entries; it must have queries and"):
+        multiple_negatives_ranking([randn(4, 5)])

@@ -1,0 +1,213 @@
+"""`fused_dcl`, `fused_dclw` and their modules against the whole 2B×2B matrix in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hdc_kernels.decoupled import DCL, DCLW, fused_dcl, fused_dclw
+from hdc_kernels.nt_xent import fused_nt_xent
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random embeddings that do not depend on the order of the tests."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def plain(
+    first: Tensor,
+    second: Tensor,
+    tau: float | Tensor,
+    weights: Tensor | float = 1.0,
+    reduction: str = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """All rows with all rows, those of the same sample at −inf in the denominator."""
+    z = torch.cat((first, second))
+    z = F.normalize(z, dim=-1) if normalize else z
+    s = z @ z.mT / tau
+    sample = torch.arange(len(first)).repeat(2)
+    positive = s.diagonal(offset=len(first)).repeat(2).view(2, -1)
+    negative = s.masked_fill(sample[:, None] == sample, -math.inf).logsumexp(1).view(2, -1)
+    loss = negative - weights * positive
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def von_mises(first: Tensor, second: Tensor, sigma: float, normalize: bool = True) -> Tensor:
+    """The paper's weights, [B]."""
+    if normalize:
+        first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
+    return 2 - len(first) * ((first * second).sum(1) / sigma).softmax(0).detach()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(2, 9),
+    width=st.integers(1, 9),
+    tau=st.sampled_from([0.05, 0.5, 3.0]),
+    sigma=st.sampled_from([None, 0.5, 2.0]),
+    normalize=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    backend=st.sampled_from(["auto", "torch", "chunked"]),
+    seed=st.integers(0, 2**31),
+)
+def test_loss_and_gradients(
+    batch: int,
+    width: int,
+    tau: float,
+    sigma: float | None,
+    normalize: bool,
+    reduction: Any,
+    backend: Any,
+    seed: int,
+) -> None:
+    """Of both views and the temperature, with the weights of DCLW and without."""
+    options = {"reduction": reduction, "normalize": normalize, "backend": backend}
+
+    def ours(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        if sigma is None:
+            return fused_dcl(a, b, temperature=t, **options)
+        return fused_dclw(a, b, temperature=t, sigma=sigma, **options)
+
+    def exact(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        weights = 1.0 if sigma is None else von_mises(a, b, sigma, normalize)
+        return plain(a, b, t, weights, reduction, normalize)
+
+    agree(
+        ours,
+        exact,
+        randn(batch, width, seed=seed),
+        randn(batch, width, seed=seed + 1),
+        torch.tensor(tau, dtype=torch.float64),
+        bound=1e-11,
+        floor=1.0,
+    )
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_weights_of_one_s_own_get_their_gradient(shape: tuple[int, ...]) -> None:
+    """For samples or for rows."""
+    agree(
+        lambda a, b, w: fused_dcl(a, b, temperature=0.2, weights=w),
+        lambda a, b, w: plain(a, b, 0.2, w),
+        randn(5, 4),
+        randn(5, 4, seed=1),
+        randn(*shape, seed=2),
+    )
+
+
+def test_nt_xent_is_dcl_with_the_positive_in_the_denominator() -> None:
+    """NT-Xent = log(1 + exp DCL), row by row."""
+    first, second = randn(5, 4), randn(5, 4, seed=1)
+    decoupled = fused_dcl(first, second, temperature=0.3, reduction="none")
+    together = fused_nt_xent(first, second, temperature=0.3, reduction="none")
+    torch.testing.assert_close(decoupled.exp().log1p(), together, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss", [fused_dcl, fused_dclw])
+def test_one_sample_is_refused(loss: Any) -> None:
+    """It has no negatives, and their sum no logarithm."""
+    with pytest.raises(ValueError, match=r"first has shape \[1, 4\]; B must be at least 2"):
+        loss(randn(1, 4), randn(1, 4))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction: Any) -> None:
+    """First and second derivatives for both views, the temperature and the weights."""
+    inputs = (randn(3, 3), randn(3, 3, seed=1), torch.tensor(0.4).double(), randn(3, seed=2))
+    for x in inputs:
+        x.requires_grad_()
+
+    def loss(first: Tensor, second: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        return fused_dcl(first, second, temperature=tau, weights=weights, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_compiled_equals_eager() -> None:
+    """One graph, where the peer has five breaks."""
+    torch.compiler.reset()
+    compiled = torch.compile(fused_dclw, fullgraph=True)
+    agree(compiled, fused_dclw, randn(6, 5), randn(6, 5, seed=1))
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -> None:
+    """Error against float64 at most twice that of the plain loss in that dtype; a NaN fails every comparison."""
+    half = [randn(24, 32, seed=k, dtype=dtype).requires_grad_() for k in range(2)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    ours = fused_dcl(*half, temperature=tau)
+    theirs, truth = plain(*half, tau), plain(*exact, tau)
+    assert ours.dtype == torch.float32
+    assert abs(ours - truth) <= 2 * abs(theirs - truth)
+    slopes = (
+        torch.autograd.grad(loss, x) for loss, x in ((ours, half), (theirs, half), (truth, exact))
+    )
+    for our, their, slope in zip(*slopes, strict=True):
+        assert our.dtype == dtype
+        assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+def test_autocast_changes_nothing() -> None:
+    """The logits need all 24 bits, whatever the encoder runs in."""
+    views = randn(5, 4, dtype=torch.float32), randn(5, 4, seed=1, dtype=torch.float32)
+    outside = fused_dclw(*views)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_dclw(*views)
+    assert torch.equal(inside, outside)
+
+
+def test_nan_is_not_hidden() -> None:
+    """It spoils the rows of all other samples, and its own positive's."""
+    first = randn(3, 4)
+    first[1, 2] = math.nan
+    assert fused_dcl(first, randn(3, 4, seed=1), reduction="none").isnan().all()
+
+
+def test_modules_equal_functions() -> None:
+    """Every option reaches the function; a parameter is learnt."""
+    first, second, weights = randn(5, 4), randn(5, 4, seed=1), randn(5, seed=2)
+    for options in ({}, {"reduction": "none"}, {"normalize": False}, {"backend": "chunked"}):
+        module = DCL(0.3, **options)
+        expected = fused_dcl(first, second, temperature=0.3, weights=weights, **options)
+        assert torch.equal(module(first, second, weights), expected)
+        weighted = DCLW(0.3, 0.7, **options)
+        expected = fused_dclw(first, second, temperature=0.3, sigma=0.7, **options)
+        assert torch.equal(weighted(first, second), expected)
+        for name, value in options.items():
+            assert f"{name}={value!r}" in repr(module)
+            assert f"{name}={value!r}" in repr(weighted)
+    learnt = DCL(nn.Parameter(torch.tensor(0.2)))
+    learnt(first, second).backward()
+    assert learnt.temperature.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0.0}, "sigma is 0.0; it must be positive and finite"),
+        ({"sigma": "a"}, "sigma is a str; it must be a number"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be positive"),
+        ({"reduction": "max"}, "reduction is 'max'; it must be one"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    """One line: the argument, what was given, what is allowed."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        fused_dclw(randn(3, 4), randn(3, 4, seed=1), **options)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(4), torch.ones(3, 2), torch.ones(())])
+def test_weights_have_one_entry_for_each_sample_or_row(weights: Tensor) -> None:
+    """[B] or [2, B]."""
+    with pytest.raises(ValueError, match=r"weights has shape .* it must be \[3\] or \[2, 3\]"):
+        fused_dcl(randn(3, 4), randn(3, 4, seed=1), weights=weights)
