@@ -177,7 +177,7 @@ def hd_nce_gradient(
 
 def relative_error(actual: Tensor, expected: object) -> float:
     """|actual − expected| / |expected| in the L2 norm: NaN, which no bound admits, if either has one."""
-    exact = torch.as_tensor(expected, dtype=torch.float64)
+    exact = torch.as_tensor(expected, dtype=torch.float64).detach()
     assert actual.shape == exact.shape
     return float((actual.detach().double() - exact).norm() / exact.norm())
 

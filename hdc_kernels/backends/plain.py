@@ -6,6 +6,7 @@ PyTorch does.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -119,7 +120,10 @@ def _logsumexp(logits: Tensor, dimension: int) -> Tensor:
 
 
 def _softplus(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """Σ_j log(1 + exp(s_ij + bias_i)); `F.softplus` would be linear from 20 on."""
+    """Σ_j log(1 + exp(s_ij + bias_i)).
+
+    `F.softplus` would be linear from 20 on, and the second derivative of `torch.logaddexp` NaN at −inf.
+    """
     assert bias is not None
     shifted = logits + bias.view(logits.shape[:2]).unsqueeze(-1)
-    return torch.logaddexp(shifted, shifted.new_zeros(())).sum(-1)
+    return -F.logsigmoid(-shifted).sum(-1)

@@ -57,6 +57,8 @@ class _LabelLoss(nn.Module):
         other_holds_self: bool = False,
     ) -> Tensor:
         """The loss of these anchors; see `fused_sup_con`."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels is a {type(labels).__name__}; it must be a tensor of integers")
         return fused_sup_con(
             embeddings,
             labels.to(embeddings.device),

@@ -1,0 +1,299 @@
+"""`fused_hn_nce` and `HNNCE` against both papers' formulas over the whole matrix, in float64."""
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equations import relative_error
+from torch import Tensor, nn
+
+from hdc_kernels.checks import FLOATING, Backend, Reduction
+from hdc_kernels.hard_negatives import HNNCE, fused_hn_nce
+from hdc_kernels.info_nce import fused_info_nce
+
+BACKENDS = [b for b in get_args(Backend) if b != "triton"]
+REDUCTIONS = get_args(Reduction)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random embeddings that do not depend on the order of the tests, leaves that require their gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.to(dtype).requires_grad_()
+
+
+def scalar(value: float) -> Tensor:
+    """A learnable number."""
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    tau: Any,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    tau_plus: float = 0.0,
+    *,
+    labels: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Every query's loss, by exponentials as the papers have it."""
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    logits = query @ key.mT / tau
+    labels = torch.arange(len(query)) if labels is None else labels
+    negative = labels[:, None] != labels
+    positive = logits.diagonal().exp()
+    others = torch.where(negative, logits, -torch.inf).exp()
+    weights = torch.where(negative, beta * logits, -torch.inf).exp()
+    count = negative.sum(-1).to(logits.dtype)  # times τ⁺ an integer would become float32
+    total = (others * weights).sum(-1) * count / weights.sum(-1)
+    if tau_plus:
+        total = (total - tau_plus * count * positive) / (1 - tau_plus)
+        least = torch.as_tensor(-1 / tau).exp()
+        total = torch.maximum(total, count * least)
+    return -(positive / (alpha * positive + total)).log()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("alpha", "beta", "tau_plus"),
+    [(1.0, 0.0, 0.0), (1.0, 0.25, 0.0), (0.0, 2.0, 0.0), (1.0, 1.0, 0.1), (0.5, 0.0, 0.02)],
+)
+def test_loss_and_gradients_are_the_papers(
+    alpha: float,
+    beta: float,
+    tau_plus: float,
+    reduction: Reduction,
+    normalize: bool,
+    backend: Backend,
+) -> None:
+    """In both directions, too. At 0.1 some queries are at the lower bound, and some are not."""
+    query, key, tau = randn(7, 5), randn(7, 5, seed=1), scalar(0.5)
+    inputs = (query, key, tau)
+    weighting = {"alpha": alpha, "beta": beta, "tau_plus": tau_plus}
+    for symmetric in (False, True):
+        loss = fused_hn_nce(
+            query,
+            key,
+            temperature=tau,
+            symmetric=symmetric,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            **weighting,
+        )
+        terms = plain(*inputs, **weighting, normalize=normalize)
+        if symmetric:
+            terms = (terms + plain(key, query, tau, **weighting, normalize=normalize)) / 2
+        expected = {"none": terms, "sum": terms.sum(), "mean": terms.mean()}[reduction]
+        assert loss.dtype == torch.float64
+        assert relative_error(loss, expected) < 1e-12
+        upstream = randn(7, seed=2).detach() if reduction == "none" else None
+        found = torch.autograd.grad(loss, inputs, upstream)
+        for ours, truth in zip(found, torch.autograd.grad(expected, inputs, upstream), strict=True):
+            assert relative_error(ours, truth) < 1e-12
+
+
+def test_without_weights_it_is_info_nce() -> None:
+    """β = 0 and α = 1, also at a temperature where exponentials overflow."""
+    query, key = randn(9, 5), randn(9, 5, seed=1)
+    for tau in (1.0, 0.07, 1e-3):
+        for symmetric in (False, True):
+            ours = fused_hn_nce(query, key, temperature=tau, beta=0.0, symmetric=symmetric)
+            same = fused_info_nce(query, key, temperature=tau, symmetric=symmetric)
+            assert relative_error(ours, same) < 1e-12
+
+
+def test_two_views_as_in_hcl() -> None:
+    """Robinson et al.: 2B anchors with 2B − 2 negatives each, the views of all other images."""
+    a, b, tau, tau_plus, beta = randn(6, 8), randn(6, 8, seed=1), 0.5, 0.1, 1.0
+    loss = fused_hn_nce(
+        torch.cat((a, b)),
+        torch.cat((b, a)),
+        temperature=tau,
+        beta=beta,
+        tau_plus=tau_plus,
+        labels=torch.arange(6).repeat(2),
+    )
+    out = F.normalize(torch.cat((a, b)), dim=-1)
+    similar = (out @ out.T / tau).exp()
+    image = torch.arange(12) % 6
+    negative = similar[image[:, None] != image].view(12, 10)
+    positive = (out * out.roll(6, 0)).sum(-1).div(tau).exp()
+    importance = (beta * negative.log()).exp()
+    reweighted = (importance * negative).sum(-1) / importance.mean(-1)
+    count = 10
+    total = (-tau_plus * count * positive + reweighted) / (1 - tau_plus)
+    total = total.clamp_min(count * math.exp(-1 / tau))
+    expected = -(positive / (positive + total)).log().mean()
+    assert relative_error(loss, expected) < 1e-12
+    found = torch.autograd.grad(loss, (a, b))
+    for ours, truth in zip(found, torch.autograd.grad(expected, (a, b)), strict=True):
+        assert relative_error(ours, truth) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+def test_keys_of_the_same_label_are_no_negatives(dtype: torch.dtype, backend: Backend) -> None:
+    """Each query has a number of negatives of its own."""
+    query, key, tau = randn(8, 5), randn(8, 5, seed=1), scalar(0.4)
+    labels = torch.tensor([3, 3, 3, 0, 1, 1, 2, 200], dtype=dtype)
+    weighting = {"beta": 0.5, "tau_plus": 0.05}
+    terms = fused_hn_nce(
+        query,
+        key,
+        temperature=tau,
+        labels=labels,
+        reduction="none",
+        backend=backend,
+        **weighting,
+    )
+    expected = plain(query, key, tau, **weighting, labels=labels)
+    assert relative_error(terms, expected) < 1e-12
+    upstream = randn(8, seed=2).detach()
+    found = torch.autograd.grad(terms, (query, key, tau), upstream)
+    exact = torch.autograd.grad(expected, (query, key, tau), upstream)
+    for ours, truth in zip(found, exact, strict=True):
+        assert relative_error(ours, truth) < 1e-12
+
+
+@pytest.mark.parametrize("weighting", [{}, {"beta": 0.5}, {"tau_plus": 0.1}, {"alpha": 0.0}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_without_negatives_has_nothing_to_learn(
+    backend: Backend, weighting: dict[str, float]
+) -> None:
+    """B = 1, or everything of one label: 0, and a gradient of 0."""
+    for size, labels in ((1, None), (3, torch.zeros(3, dtype=torch.long))):
+        query, key, tau = randn(size, 4), randn(size, 4, seed=1), scalar(0.1)
+        loss = fused_hn_nce(
+            query, key, temperature=tau, labels=labels, backend=backend, **weighting
+        )
+        assert loss.item() == 0
+        for gradient in torch.autograd.grad(loss, (query, key, tau)):
+            assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("weighting", [{"beta": 0.7}, {"alpha": 0.3, "tau_plus": 0.05}])
+def test_gradcheck(weighting: dict[str, float]) -> None:
+    """First and second derivatives for query, key and temperature."""
+
+    def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
+        return fused_hn_nce(query, key, temperature=tau, reduction="none", **weighting)
+
+    inputs = (randn(4, 3), randn(4, 3, seed=1), scalar(0.5))
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_compiled_equals_eager() -> None:
+    """One graph, without a break, forward and backward."""
+    torch.compiler.reset()
+    inputs = (randn(6, 5), randn(6, 5, seed=1), scalar(0.3))
+    labels = torch.tensor([0, 0, 1, 2, 3, 4])
+
+    def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
+        return fused_hn_nce(query, key, temperature=tau, tau_plus=0.05, labels=labels)
+
+    losses = [f(*inputs) for f in (torch.compile(loss, fullgraph=True), loss)]
+    assert relative_error(losses[0], losses[1]) < 1e-13
+    ours, exact = (torch.autograd.grad(value, inputs) for value in losses)
+    for a, b in zip(ours, exact, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
+@pytest.mark.parametrize("tau", [0.2, 1.0])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_no_worse_than_plain(
+    dtype: torch.dtype, tau: float, tau_plus: float
+) -> None:
+    """Error against float64 on the same numbers, loss and gradients, at most twice the plain loss's."""
+    half = (randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype))
+    exact = tuple(x.detach().double().requires_grad_() for x in half)
+    options = {"tau_plus": tau_plus}
+    truth = plain(*exact, tau, **options).mean()
+    ours = fused_hn_nce(*half, temperature=tau, **options)
+    theirs = plain(*half, tau, **options).mean()
+    assert ours.dtype == torch.float32
+    assert abs(ours - truth) <= 2 * abs(theirs - truth)
+    slopes = torch.autograd.grad(truth, exact)
+    found = zip(torch.autograd.grad(ours, half), torch.autograd.grad(theirs, half), strict=True)
+    for slope, (our, their) in zip(slopes, found, strict=True):
+        assert our.dtype == dtype
+        assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("weighting", [{}, {"beta": 3.0}, {"tau_plus": 0.1}, {"alpha": 0.0}])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_a_small_temperature(dtype: torch.dtype, weighting: dict[str, float]) -> None:
+    """τ = 0.01: exponentials would overflow, logarithms do not, and a float16 τ is divided in float32."""
+    query, key = randn(16, 32, dtype=dtype), randn(16, 32, seed=1, dtype=dtype)
+    tau = torch.tensor(0.01, dtype=dtype, requires_grad=True)
+    loss = fused_hn_nce(query, key, temperature=tau, **weighting)
+    exact = plain(query.double(), key.double(), tau.double(), **weighting).mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    for gradient in torch.autograd.grad(loss, (query, key, tau)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_not_hidden(backend: Backend, tau_plus: float) -> None:
+    """A NaN query spoils its own term, a NaN key every one."""
+    clean, spoilt = randn(3, 4).detach(), randn(3, 4).detach()
+    spoilt[1, 2] = math.nan
+    options = {"tau_plus": tau_plus, "reduction": "none", "backend": backend}
+    assert fused_hn_nce(spoilt, clean, **options).isnan().tolist() == [False, True, False]
+    assert fused_hn_nce(clean, spoilt, **options).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5, "alpha": 0.5},
+        {"beta": 0.25, "tau_plus": 0.1},
+        {"symmetric": True, "reduction": "none"},
+        {"normalize": False, "backend": "torch"},
+    ],
+)
+def test_module_equals_function(options: dict[str, Any]) -> None:
+    """Every option reaches the function, and shows in the module's text."""
+    query, key, labels = randn(5, 4), randn(5, 4, seed=1), torch.tensor([0, 0, 1, 2, 3])
+    module = HNNCE(**options)
+    expected = fused_hn_nce(query, key, labels=labels, **options)
+    assert torch.equal(module(query, key, labels), expected)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in repr(module)
+    assert list(HNNCE(nn.Parameter(torch.tensor(0.2))).state_dict()) == ["temperature"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": -1.0}, ValueError, "temperature is -1.0; it must be positive"),
+        ({"alpha": -1.0}, ValueError, "alpha is -1.0; it must be finite and not negative"),
+        ({"beta": math.inf}, ValueError, "beta is inf; it must be finite and not negative"),
+        ({"beta": torch.ones(())}, TypeError, "beta is a Tensor; it must be a number"),
+        ({"tau_plus": 1.0}, ValueError, "tau_plus is 1.0; it must be below 1"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels has dtype torch.float32; it must be an"),
+        ({"labels": [0, 1, 2]}, TypeError, "labels is a list; it must be a tensor of integers"),
+        (
+            {"labels": torch.zeros(4, dtype=torch.long)},
+            ValueError,
+            r"labels has shape \[4\] but query has \[3, 4\]; it must have one label for each row",
+        ),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'; it must be one of"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    """One line that says what was given and what is allowed."""
+    with pytest.raises(error, match=message):
+        fused_hn_nce(randn(3, 4), randn(3, 4), **options)
