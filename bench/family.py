@@ -26,6 +26,7 @@ from hdc_kernels import (
 )
 
 SAME = 8  # samples of a class
+QUEUE = 65536
 SCALE, BIAS = 10.0, -10.0  # SigLIP's first ones
 
 
@@ -45,9 +46,9 @@ def _ours(loss: Callable[..., Tensor], **options: Any) -> Callable[[Case], Loss]
 
 
 def _queue(case: Case) -> Tensor:
-    """As many keys of earlier batches as there are rows."""
+    """Keys of earlier batches, as many as in the paper."""
     generator = torch.Generator().manual_seed(1)
-    keys = torch.randn(case.batch, case.width, generator=generator)
+    keys = torch.randn(QUEUE, case.width, generator=generator)
     return keys.to(case.device, getattr(torch, case.dtype))
 
 
@@ -158,7 +159,7 @@ FAMILY: dict[str, list[Contender]] = {
         Contender(LIGHTLY, "DCLWLoss", lightly("DCLWLoss"), peer=True),
     ],
     "MoCo": [
-        Contender(OURS, "fused_moco, a queue of B keys", moco),
+        Contender(OURS, f"fused_moco, a queue of {QUEUE:,} keys", moco),
         Contender("info-nce-pytorch", "info_nce with negative_keys", info_nce_pytorch_queue, peer=True),
     ],
     "ranking": [

@@ -21,7 +21,8 @@ struct HdcMatrix {  // [groups, rows, width]; strides in elements
 };
 
 struct HdcProblem {  // one pair of embeddings
-    // dx and dy are written by HDC_BACKWARD in the dtype of x and y, by HDC_STEP in what it computes in.
+    // dx and dy are written by HDC_BACKWARD in the dtype of x and y, by HDC_STEP in what it computes in. Where
+    // dy.data is null it is not computed.
     HdcMatrix x, y, dx, dy;
     int64_t groups, rows, columns, width;  // x is [groups, rows, width], y [groups, columns, width]
     double weight;                         // of every term of this pair in the total

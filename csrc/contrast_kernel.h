@@ -146,7 +146,7 @@ struct Private {
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads) {
         const int64_t width = round_up(problem.width, call.bfloat16 ? 2 * LANES<T> : LANES<T>);
         const int64_t stride = row_stride<T>(width), columns = round_up(problem.columns, LANES<T>);
-        const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric;
+        const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric, dys = gradients && problem.dy.data;
         const bool whole_panel = call.task == HDC_STEP && !symmetric && call.function != HDC_SOFTPLUS;
         const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
@@ -160,8 +160,8 @@ struct Private {
         scratch.take(row_slope, call.function == HDC_SOFTPLUS ? panel_rows * LANES<T> : 0);
         scratch.take(diagonal, panel_rows);
         scratch.take(sums, gradients ? panel_rows * stride : 0);
-        scratch.take(weighted, gradients ? panel_rows * stride : 0);
-        scratch.take(dy, gradients ? problem.columns * stride : 0);
+        scratch.take(weighted, dys ? panel_rows * stride : 0);
+        scratch.take(dy, dys ? problem.columns * stride : 0);
         scratch.take(gradient, gradients ? stride : 0);
         scratch.take(pairs, call.bfloat16 ? std::max(panel_rows * BLOCK_STRIDE<T>, LANES<T> * stride) : 0);
         scratch.take(column_maximum, symmetric ? columns : 0);
@@ -302,6 +302,7 @@ class Contrast {
     // dŶ += blockᵀ · rows, beginning with the panel at row `begin`; `rows` are those of X̂ or, as always with
     // PAIRS, what `weigh_rows` made of them.
     void add_to_dy(const T* coefficients, int64_t block, const T* rows, int64_t begin) {
+        if (!group.dy.data) return;
         const int64_t columns = columns_of(block);
         Operand<T> left{coefficients, STRIDE};
         if constexpr (ELEMENTS == PAIRS) {
@@ -321,6 +322,7 @@ class Contrast {
 
     // The panel of X̂, each row times its factor.
     void weigh_rows(const double* factors) {
+        if (!group.dy.data) return;
         if constexpr (ELEMENTS == PAIRS) {
             for (int64_t i = 0; i < count; i += 2) {
                 const bool both = i + 1 < count;
@@ -692,6 +694,7 @@ class Contrast {
     }
 
     void finish_dy(Share columns, Threads<T> threads) {
+        if (!group.dy.data) return;
         for (int64_t j = columns.begin; j < columns.end; j++) {
             const bool has_positive = positives && j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));

@@ -32,6 +32,8 @@ class Value(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
     ) -> tuple[Tensor, ...]:
+        if not any(ctx.needs_input_grad[3 + call.pairs :]):
+            call = call._replace(needs_y=False)
         shown, made = _evaluate(call, tau, bias, xy)
         ctx.call, ctx.made = call, made
         ctx.save_for_backward(tau, bias, *xy)
@@ -110,11 +112,13 @@ class Gradient(torch.autograd.Function):
             whole = call._replace(backend="torch")
             value, _, _ = whole.plain(tau, bias, xy[: call.pairs], xy[call.pairs :])
             slopes = torch.autograd.grad(value, variables, first, create_graph=True)
+            of_slopes = [g for g, t in zip(upstream, inputs[1:], strict=True) if t is not None]
+            asked = [k for k, g in enumerate(of_slopes) if g is not None]
             found = iter(
                 torch.autograd.grad(
-                    slopes,
+                    [slopes[k] for k in asked],
                     [first, *variables],
-                    [g for g, t in zip(upstream, inputs[1:], strict=True) if t is not None],
+                    [of_slopes[k] for k in asked],
                     create_graph=again,
                     allow_unused=True,
                 )
@@ -143,17 +147,20 @@ def _gradient(
     *rest: Tensor,
     scaled: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, dbias or None, *dx, *dy) out of what `_evaluate` made; `scaled`: the upstream gradient is in it."""
+    """(dτ or None, dbias or None, *dx, *dy or None) out of what `_evaluate` made, which the upstream gradient is
+    in already if it is `scaled`."""
     xy: Sequence[Tensor] = rest[: 2 * call.pairs]
     made: Sequence[Tensor] = rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
         made = call.backward(tau, bias, x, y, made[0], upstream)
     elif not scaled:
-        made = scale(made, upstream, xy)
+        made = scale(made, upstream, xy[0].dtype, 1 if bias is None else 2)
     d_tau, *others = made
     d_bias = None if bias is None else others.pop(0)
-    return temperature_gradient(d_tau, tau), d_bias, *(d.to(xy[0].dtype) for d in others)
+    others = [d.to(xy[0].dtype) for d in others]
+    not_needed = (None,) * (len(xy) - len(others))
+    return temperature_gradient(d_tau, tau), d_bias, *others, *not_needed
 
 
 def _is_one(upstream: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, plain
@@ -21,6 +22,7 @@ class Call(NamedTuple):
     rows_first: int  # so many of the pairs are [M, G, D] and [N, G, D]
     function: Function = "info_nce"
     mask: Mask = EVERYTHING
+    needs_y: bool = True
 
     def problems(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
@@ -36,6 +38,7 @@ class Call(NamedTuple):
             self.function,
             self.mask,
             bias,
+            self.needs_y,
         )
 
     def plain(
@@ -49,7 +52,7 @@ class Call(NamedTuple):
     def step(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Total, terms, hits, and for `scale` the total's gradients (dτ, dbias if there is one, *dx, *dy)."""
+        """Total, terms, hits, and for `scale` the total's gradients, as `backward` has them."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
         return terms.total, terms.loss, terms.hits, self._listed(gradients, x, y)
 
@@ -62,7 +65,7 @@ class Call(NamedTuple):
         lse: Tensor,
         upstream: Tensor,
     ) -> list[Tensor]:
-        """(dτ, dbias if there is one, *dx, *dy) of Σ upstream · terms."""
+        """(dτ, dbias if there is one, *dx, *dy if they are needed) of Σ upstream · terms."""
         problems = self.problems(tau, bias, x, y)
         return self._listed(implementation(self.backend).backward(problems, lse, upstream), x, y)
 
@@ -72,7 +75,8 @@ class Call(NamedTuple):
         scalars = [gradients.temperature]
         if gradients.bias is not None:
             scalars.append(gradients.bias)
-        return [*scalars, *self._like(gradients.x, x), *self._like(gradients.y, y)]
+        dy = self._like(gradients.y, y) if self.needs_y else []
+        return [*scalars, *self._like(gradients.x, x), *dy]
 
     def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each as [G, rows, D]."""
@@ -90,12 +94,16 @@ class Call(NamedTuple):
         ]
 
 
-def scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
-    """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16)."""
-    scalars = len(made) - len(xy)
+def scale(
+    made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype, scalars: int
+) -> list[Tensor]:
+    """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16).
+
+    Those of the embeddings, behind the first `scalars`, become `dtype`.
+    """
     return [
         *(d * upstream for d in made[:scalars]),
-        *((d * upstream).to(xy[0].dtype) for d in made[scalars:]),
+        *((d * upstream).to(dtype) for d in made[scalars:]),
     ]
 
 

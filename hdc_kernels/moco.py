@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels import reference
-from hdc_kernels.backends import EVERYTHING, Mask
+from hdc_kernels.backends import Mask
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.contrast import contrast
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import logsumexp
-from hdc_kernels.positives import info_nce_terms, positive_logits
 
 
 class Queue(nn.Module):
@@ -74,11 +72,6 @@ class Queue(nn.Module):
         self.position = (self.position + count) % size
         self.filled = (self.filled + count).clamp(max=size)
 
-    def mask(self, rows: int) -> Mask:
-        """Which keys `rows` queries are compared with: all that there are."""
-        ids = torch.arange(len(self.keys), device=self.keys.device) >= self.filled
-        return Mask(ids=(ids.new_ones((1, rows), dtype=torch.int64), ids.long().unsqueeze(0)))
-
     def extra_repr(self) -> str:
         size, dimension = self.keys.shape
         return f"size={size}, dimension={dimension}, dtype={self.keys.dtype}"
@@ -124,9 +117,9 @@ def fused_moco(
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     rows, width = query.shape
-    mask = EVERYTHING
+    empty: Tensor | None = None
     if isinstance(queue, Queue):
-        mask = queue.mask(rows)
+        empty = torch.arange(len(queue.keys), device=queue.keys.device) >= queue.filled
         queue = queue.keys.to(query.dtype)
     if not isinstance(queue, Tensor):
         raise TypeError(f"queue is a {type(queue).__name__}; it must be a Queue or a tensor [K, D]")
@@ -138,11 +131,19 @@ def fused_moco(
         ours, theirs = getattr(query, what), getattr(queue, what)
         if ours != theirs:
             raise ValueError(f"queue has {what} {theirs} but query has {ours}; they must be equal")
-    negative = logsumexp(
-        query, queue, temperature=temperature, normalize=normalize, mask=mask, backend=backend
-    )
-    positive = positive_logits(query, key, temperature, normalize=normalize)
-    return reference.reduce(info_nce_terms(negative, positive), reduction)
+    # One id for all queries, their keys and the places that are empty: nobody meets these, but its own key. That
+    # is B × B products in vain, few beside B × K, and saves one of three passes over the queue.
+    ids = torch.zeros(rows + len(queue), dtype=torch.int64, device=query.device)
+    ids[rows:] = 1 if empty is None else (~empty).long()
+    return contrast(
+        [(query, torch.cat((key, queue)))],
+        weights=None if reduction == "none" else [1.0],
+        divisor=rows if reduction == "mean" else 1,
+        temperature=temperature,
+        normalize=normalize,
+        mask=Mask(ids=(ids[:rows].unsqueeze(0), ids.unsqueeze(0))),
+        backend=backend,
+    ).value
 
 
 class MoCo(Loss):

@@ -81,7 +81,7 @@ def contrast_scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor
     An operator only so that it depends on `xy` and has no derivative by it: PyTorch then raises where a second
     derivative is asked for, which `made` alone would silently lack.
     """
-    return scale(made, upstream, xy)
+    return scale(made, upstream, xy[0].dtype, len(made) - len(xy))
 
 
 @contrast_scale.register_fake

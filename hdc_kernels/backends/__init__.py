@@ -30,7 +30,9 @@ class Mask(NamedTuple):
         None  # of rows [G, M] and columns [G, N], int64; with K = 1 only
     )
     same: bool = False  # over columns of the row's id, rather than of any other
-    left_out: Tensor | None = None  # single entries, [2, E] int64 (row, column), sorted; with K = G = 1 only
+    left_out: Tensor | None = (
+        None  # single entries, [2, E] int64 (row, column), sorted; with K = G = 1 only
+    )
 
 
 EVERYTHING = Mask()
@@ -58,6 +60,7 @@ class Problems(NamedTuple):
     function: Function = "info_nce"
     mask: Mask = EVERYTHING
     bias: Tensor | None = None  # [T] in the dtype of `reference.compute_dtype`, for "softplus"
+    needs_y: bool = True  # whether gradients of y are asked for; a queue of keys needs none
 
 
 class Terms(NamedTuple):
@@ -82,6 +85,7 @@ class Gradients(NamedTuple):
 
     `backward` gives them in the dtypes of x and y. `step` gives them in `reference.compute_dtype`: they will
     be multiplied by an upstream gradient, a loss scale perhaps, without which they might vanish in float16.
+    Without `needs_y`, y may be empty.
     """
 
     x: tuple[Tensor, ...]

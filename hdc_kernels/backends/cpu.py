@@ -93,7 +93,7 @@ def _empty_terms(problems: Problems) -> Terms:
 def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
     return Gradients(
         x=empty_gradients(problems.x, dtype),
-        y=empty_gradients(problems.y, dtype),
+        y=empty_gradients(problems.y, dtype) if problems.needs_y else (),
         temperature=torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
         bias=None if problems.bias is None else torch.empty_like(problems.bias),
     )
@@ -125,7 +125,11 @@ def _call(
             y.data_ptr(),
             *y.stride(),
             *((gradients.x[k].data_ptr(), *gradients.x[k].stride()) if gradients else nowhere),
-            *((gradients.y[k].data_ptr(), *gradients.y[k].stride()) if gradients else nowhere),
+            *(
+                (gradients.y[k].data_ptr(), *gradients.y[k].stride())
+                if gradients and gradients.y
+                else nowhere
+            ),
             *x.shape[:2],
             *y.shape[1:],
             weight,
