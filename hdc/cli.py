@@ -1,6 +1,7 @@
-"""`hdc-train`: pretrain, finetune, test, probe, retrieve, and a demo of all of them.
+"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, and prepare before them.
 
-Exit codes: 0 done, 2 something given was wrong (one line on stderr says what), 130 interrupted.
+Exit codes: 0 done, 1 `prepare --check` found differences, 2 something given was wrong (one line on stderr
+says what), 130 interrupted.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from hdc.config import (
     TestConfig,
 )
 from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.prepare import BAD_FILES, DATASETS, LOG, MISSING, PrepareConfig, check, prepare
 from hdc.data.ucf101 import index_ucf101
 from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
@@ -86,12 +88,54 @@ def run_demo(config: DemoConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """An argument without a name."""
+
+    name: str
+    help: str
+    choices: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return "{" + ",".join(self.choices) + "}" if self.choices else self.name
+
+
+def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -> int:
+    """Make a downloaded dataset small, quick to read, and free of bad files."""
+    target_folder = Path(target)
+    with ProgressBar("checking" if config.check else "preparing", 1) as bar:
+
+        def progress(done: int, total: int, bad: int) -> None:
+            bar.set(bar.done, total)
+            bar.advance(done - bar.done, f"{bad} bad")
+
+        if config.check:
+            differences = check(target_folder, progress)
+        else:
+            result = prepare(dataset, Path(source), target_folder, config, progress)
+    if config.check:
+        print(*differences or [f"{target} is as its manifest says"], sep="\n")
+        return 1 if differences else 0
+    good, missing = len(result.manifest), list(result.bad.values()).count(MISSING)
+    summary = f"{good} videos in {result.manifest.source}"
+    if result.bad:
+        summary += f"; {missing} missing and {len(result.bad) - missing} bad, see {target_folder / BAD_FILES}"
+    show = ["nothing was left to do", summary] if not result.changed else [summary]
+    for line in (*show, f"next: hdc-train pretrain --data {target}"):
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
-    """One subcommand: its configuration and what it runs. The docstring of `run` is its summary."""
+    """One subcommand: its configuration and what it runs. The docstring of `run` is its summary.
+
+    `run` gets the configuration and then the places, which are given without a name.
+    """
 
     config: type
-    run: Callable[[Any], None]
+    run: Callable[..., int | None]
     example: str
+    places: tuple[Place, ...] = ()
 
 
 COMMANDS = {
@@ -119,6 +163,16 @@ COMMANDS = {
         run_retrieve,
         "hdc-train retrieve --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
+    "prepare": Command(
+        PrepareConfig,
+        run_prepare,
+        "hdc-train prepare ucf101 downloads/ucf101 data/ucf101",
+        (
+            Place("DATASET", "how SRC is laid out", tuple(DATASETS)),
+            Place("SRC", "the dataset's folder, as it came"),
+            Place("DST", "the folder to write; killed at any moment, the same command goes on"),
+        ),
+    ),
 }
 
 
@@ -133,18 +187,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
         command = COMMANDS[name]
-        config = parse(name, command, options)
-        if not config.out:
-            raise InputError("out is empty; it must name a folder")
-        atomic.check_folder(Path(config.out))
-        command.run(config)
+        config, places = parse(name, command, options)
+        if isinstance(config, CommandConfig | DemoConfig):
+            if not config.out:
+                raise InputError("out is empty; it must name a folder")
+            atomic.check_folder(Path(config.out))
+        return command.run(config, *places) or 0
     except (InputError, argparse.ArgumentError) as error:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hdc-train: interrupted; a training run goes on with --resume", file=sys.stderr)
+        print(
+            "hdc-train: interrupted; a training run goes on with --resume, prepare by itself",
+            file=sys.stderr,
+        )
         return 130
-    return 0
 
 
 def overview() -> str:
@@ -175,8 +232,8 @@ class _HelpFormatter(DefaultHelpFormatter):
         return re.sub(r"type: Literal\[.*\], ", "", super()._expand_help(action))
 
 
-def parse(name: str, command: Command, options: list[str]) -> Any:
-    """The command's configuration out of defaults, preset, YAML file and options, in that order.
+def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[str]]:
+    """The command's configuration out of defaults, preset, YAML file and options, in that order; its places.
 
     Raises:
         InputError, argparse.ArgumentError: for anything that is unknown, missing or of a wrong type.
@@ -186,7 +243,7 @@ def parse(name: str, command: Command, options: list[str]) -> Any:
         epilog = f"{_preset_table()}\n\n{epilog}"
     parser = ArgumentParser(
         prog=f"hdc-train {name}",
-        usage=f"hdc-train {name} [--option value ...]",
+        usage=" ".join(["hdc-train", name, *map(str, command.places), "[--option value ...]"]),
         description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
@@ -195,19 +252,24 @@ def parse(name: str, command: Command, options: list[str]) -> Any:
     parser.add_argument(
         "--config", action="config", help="YAML file of options (a run writes its own)"
     )
+    for place in command.places:
+        limits: dict[str, Any] = {"choices": place.choices} if place.choices else {}
+        parser.add_argument(place.name.lower(), metavar=place.name, help=place.help, **limits)
     fields = dataclasses.fields(command.config)
     switches = [f.name for f in fields if f.default is False]
     parser.add_class_arguments(command.config, skip=set(switches))
     descriptions = _attribute_docs(command.config)
     for switch in switches:
-        parser.add_argument(f"--{switch}", action="store_true", help=descriptions[switch])
+        names = sorted({f"--{switch.replace('_', '-')}", f"--{switch}"})
+        parser.add_argument(*names, action="store_true", help=descriptions[switch])
     if command.config is PretrainConfig:
         parser.add_argument(
             "--preset", metavar="NAME", help="a row of the paper's tables, see below"
         )
         _apply_preset(parser, options)
     values = parser.instantiate(parser.parse_args(options))
-    return command.config(**{f.name: values[f.name] for f in fields})
+    config = command.config(**{f.name: values[f.name] for f in fields})
+    return config, [values[place.name.lower()] for place in command.places]
 
 
 def _attribute_docs(config: type) -> dict[str, str]:
@@ -260,6 +322,8 @@ def open_data(config: CommandConfig) -> Manifest:
         return read_manifest(path)
     if (path / "manifest.csv").exists():
         return read_manifest(path / "manifest.csv")
+    if (path / LOG).exists():
+        raise InputError(f"{path} is prepared only in part; run hdc-train prepare again")
     with ProgressBar("counting frames", 1) as bar:
         manifest = index_ucf101(path, bar.set)
     manifest.write()

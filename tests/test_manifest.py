@@ -143,6 +143,15 @@ def test_unusable_labels(tmp_path: Path) -> None:
         read_manifest(store(tmp_path)).labels("label", ("Run",))
 
 
+def test_columns_of_the_file_are_no_labels(tmp_path: Path) -> None:
+    text = "path,frames,label,split1,fps,width,height,sha256\na.mp4,40,Run,train,25,170,128,00ff\n"
+    manifest = read_manifest(store(tmp_path, text))
+    assert manifest.columns["fps"].tolist() == ["25"]
+    assert manifest.text() == text.replace("path,", "path,start,").replace("a.mp4,", "a.mp4,0,")
+    with pytest.raises(InputError, match=r"no column 'motion'; it has label$"):
+        manifest.labels("motion")
+
+
 def test_missing_videos_are_counted_and_named(tmp_path: Path) -> None:
     manifest = read_manifest(store(tmp_path))
     (tmp_path / "videos").mkdir()

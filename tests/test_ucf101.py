@@ -89,14 +89,18 @@ def test_half_a_split(root: Path) -> None:
     ("name", "text", "message"),
     [
         ("classInd.txt", "Archery\n", "'Archery' is not of the form '1 ApplyEyeMakeup'"),
-        ("classInd.txt", "1 Archery\n2 Yoga\n", "names class Yoga, which has no folder"),
+        ("classInd.txt", "1 Archery\n2 Yoga\n", "lists no video of class Yoga"),
         ("trainlist01.txt", "v_a.avi 1\n", "'v_a.avi 1' is not of the form 'Class/video.avi'"),
-        ("trainlist01.txt", "Yoga/v.avi 1\n", "names class Yoga, which has no folder"),
-        ("testlist01.txt", "Archery/v_x.avi\n", "names Archery/v_x.avi, which is missing"),
+        (
+            "trainlist01.txt",
+            "Yoga/v.avi 1\nHandStandPushups/v_h_g01.avi 2\n",
+            "names UCF-101/Yoga/v.avi, which is missing",
+        ),
+        ("testlist01.txt", "Archery/v_x.avi\n", "names UCF-101/Archery/v_x.avi, which is missing"),
         (
             "trainlist01.txt",
             "Archery/v_a g1 (2).avi 1\n",
-            "lists no video of class HandstandPushups",
+            "lists no video of class HandStandPushups",
         ),
     ],
 )

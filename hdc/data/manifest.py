@@ -6,11 +6,13 @@ Columns:
     frames      number of frames from there on
     label       class name; further columns of class names may stand beside it, under any name
     split1 ...  "train", "test" or empty, one column per split
+    fps, width, height, sha256
+                of the file; `hdc-train prepare` writes them, and nothing needs them to train
 """
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,7 @@ from hdc.atomic import write_text
 from hdc.errors import InputError
 
 Part = Literal["train", "test"]
+OF_THE_FILE = ("fps", "width", "height", "sha256")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class Manifest:
     def labels(self, column: str, names: Sequence[str] | None = None) -> Labels:
         """The classes in `column`, numbered in the order of `names` (by default their sorted order)."""
         if column not in self.columns:
-            given = [name for name in self.columns if not name.startswith("split")]
+            given = [
+                name
+                for name in self.columns
+                if not name.startswith("split") and name not in OF_THE_FILE
+            ]
             raise InputError(
                 f"{self.source} has no column {column!r}; it has {', '.join(given) or 'no labels'}"
             )
@@ -106,15 +113,23 @@ class Manifest:
                 f"{_some(given)}; take them out, or set --clips.short_videos loop"
             )
 
+    def text(self) -> str:
+        """What `write` writes."""
+        rows = zip(self.path, self.start, self.frames, *self.columns.values(), strict=True)
+        return csv_text(["path", "start", "frames", *self.columns], rows)
+
     def write(self) -> None:
         """Write it to `source`, whole or not at all."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "start", "frames", *self.columns])
-        writer.writerows(
-            zip(self.path, self.start, self.frames, *self.columns.values(), strict=True)
-        )
-        write_text(self.source, text.getvalue())
+        write_text(self.source, self.text())
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A CSV file's content."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_manifest(source: Path) -> Manifest:

@@ -14,6 +14,8 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -37,22 +39,33 @@ class VideoError(InputError):
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream; every error on the way becomes a VideoError."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(path, "holds no video stream")
-            stream = container.streams.video[0]
+        # A playlist that calls itself a video must not reach for the network.
+        options = {"protocol_whitelist": "file"}
+        with av.open(str(path), options=options, metadata_errors="replace") as container:
+            stream = next(filter(_is_moving, container.streams.video), None)
+            if stream is None:
+                raise VideoError(path, "holds no video stream that can be decoded")
             stream.codec_context.thread_count = 1  # the loader's processes are the parallelism
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, (error.strerror or str(error)).lower()) from error
+    except IndexError as error:  # what PyAV's demuxer makes of one that was not there when it began
+        raise VideoError(path, "has streams that begin midway") from error
+
+
+def _is_moving(stream: VideoStream) -> bool:
+    """False for an unknown codec, for the cover of a song, and for text, which FFmpeg draws as a terminal would."""
+    context: VideoCodecContext | None = stream.codec_context
+    cover = stream.disposition & Disposition.attached_pic
+    return context is not None and context.name != "ansi" and not cover
 
 
 def count_frames(path: Path) -> int:
     """The number of coded frames, read off the packets without decoding them."""
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         packets = container.demux(stream)
         count = sum(packet.size > 0 and not packet.is_discard for packet in packets)
     if count == 0:
@@ -66,7 +79,7 @@ def read_clips(path: Path, starts: list[int], frames: int, short_side: int) -> l
     Raises:
         VideoError: when the file cannot be opened or decoded, or ends too early.
     """
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         resize = _Resizer(short_side)
         origin = _origin(container, stream)
         return [_clip(path, container, stream, origin, start, frames, resize) for start in starts]
@@ -74,7 +87,7 @@ def read_clips(path: Path, starts: list[int], frames: int, short_side: int) -> l
 
 def read_all(path: Path, short_side: int, start: int = 0, frames: int | None = None) -> Frames:
     """Every frame of the file (or `frames` from `start` on), decoded from the first: never off by one."""
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         resize = _Resizer(short_side)
         decoded = []
         found = 0
@@ -90,20 +103,23 @@ def read_all(path: Path, short_side: int, start: int = 0, frames: int | None = N
 
 
 class _Resizer:
-    """VideoFrame -> uint8 RGB array whose short side has the given length."""
+    """VideoFrame -> uint8 RGB array whose short side has the given length.
+
+    The first frame decides the size for all: streams that change theirs midway do exist.
+    """
 
     def __init__(self, short_side: int) -> None:
         self.short_side = short_side
+        self.size: tuple[int, int] | None = None
         self.reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
-        scale = self.short_side / min(frame.width, frame.height)
-        width = max(self.short_side, round(frame.width * scale))
-        height = max(self.short_side, round(frame.height * scale))
+        if self.size is None:
+            scale = self.short_side / min(frame.width, frame.height)
+            width, height = (round(side * scale) for side in (frame.width, frame.height))
+            self.size = max(self.short_side, width), max(self.short_side, height)
         # One thread: starting more costs four times what small frames take (44 against 10 µs at 48 × 48).
-        return self.reformatter.reformat(
-            frame, width, height, format="rgb24", threads=1
-        ).to_ndarray()
+        return self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1).to_ndarray()
 
 
 def _clip(
