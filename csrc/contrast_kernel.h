@@ -75,6 +75,7 @@ struct Group {
     double weight;
     T* terms;
     uint8_t* hits;
+    int64_t* ranks;
     double *row_lse, *column_lse;
     const T* upstream;
     const int64_t *x_ids, *y_ids, *left_out_starts, *left_out;
@@ -344,7 +345,19 @@ class Contrast {
         return highest;
     }
 
+    // Columns of one block that the positive does not beat; NaN beats nothing and is not beaten.
+    void count_unbeaten(const T* values, int64_t columns) {
+        if (!group.ranks) return;
+        for (int64_t i = 0; i < count; i++) {
+            const T *row = values + i * STRIDE, positive = own.diagonal[i];
+            int64_t unbeaten = 0;
+            for (int64_t j = 0; j < columns; j++) unbeaten += !(row[j] < positive);
+            group.ranks[first + i] += unbeaten;
+        }
+    }
+
     void start_rows() {
+        if (group.ranks) std::fill_n(group.ranks + first, count, int64_t(0));
         std::fill(own.row_maximum, own.row_maximum + count * V, LOWEST<T>);
         std::fill(own.row_sum, own.row_sum + count * V, T(0));
     }
@@ -354,6 +367,7 @@ class Contrast {
         const int64_t row = first + i;
         packed.row_lse[row] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
         group.row_lse[row] = packed.row_lse[row];
+        if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
         group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
     }
 
@@ -518,6 +532,7 @@ class Contrast {
                 store(own.row_maximum + i * V, broadcast(highest));
             }
             for (int64_t block = 0; block < blocks(); block++) {
+                count_unbeaten(block_of_panel(block), columns_of(block));
                 exponentials(block);
                 add_to_sums(block_of_panel(block), block);
             }
@@ -562,8 +577,11 @@ class Contrast {
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
+            if (group.ranks)  // needs the positives beforehand, from the same product as all others: ties are exact
+                for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, own.panel);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
+                count_unbeaten(own.panel, columns_of(block));
                 update_rows(round_up(columns_of(block), V));
                 if (symmetric) update_columns(block);
             }

@@ -9,24 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdc_kernels.backends import Terms
 from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
+
+MASK = 3  # tensors: `Call.without_tensors`
 
 
 def value(
     call: Call, tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (which has gradients), terms and hits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Value (which has gradients), terms, hits and, if they are asked for, ranks."""
     # Under torch.func, results travel by `setup_context`, which costs 15 µs more a call.
     if torch._C._are_functorch_transforms_active():
-        result, hits, *rest = TransformedValue.apply(call, tau, bias, *xy)
+        bare, mask = call.without_tensors()
+        shown = TransformedValue.apply(bare, *mask, tau, bias, *xy)[: -_made(call, bias)]
     else:
-        result, hits, *rest = Value.apply(call, tau, bias, *xy)
-    return result, result.detach() if call.weights is None else rest[0], hits
+        shown = Value.apply(call, tau, bias, *xy)
+    result, hits, *rest = shown
+    terms = result.detach() if call.weights is None else rest.pop(0)
+    return result, terms, hits, rest[0] if rest else None
 
 
 class Value(torch.autograd.Function):
-    """(call, τ or None, bias or None, *x, *y) -> (value, hits), with weights also the terms."""
+    """(call, τ or None, bias or None, *x, *y) -> (value, hits), with weights also the terms, then any ranks."""
 
     @staticmethod
     def forward(
@@ -48,7 +54,8 @@ class Value(torch.autograd.Function):
         tau, bias, *xy = ctx.saved_tensors
         made = ctx.made or _evaluate(ctx.call, tau, bias, xy)[1]
         if torch.is_grad_enabled():
-            return None, *Gradient.apply(ctx.call, upstream, tau, bias, *xy, *made)
+            bare, mask = ctx.call.without_tensors()
+            return None, *Gradient.apply(bare, *mask, upstream, tau, bias, *xy, *made)
         # Gradients that need no scaling are given away, not copied: a second pass makes new ones.
         give_away = ctx.call.weights is not None and _is_one(upstream)
         if give_away:
@@ -57,19 +64,25 @@ class Value(torch.autograd.Function):
 
 
 class TransformedValue(torch.autograd.Function):
-    """`Value`, showing to torch.func what it saves: what it made on the way comes out behind the rest."""
+    """`Value`, showing to torch.func every tensor: those of the mask, and what it made on the way behind the rest."""
 
     @staticmethod
     def forward(
-        call: Call, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
+        bare: Call,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        left_out: Tensor | None,
+        tau: Tensor | None,
+        bias: Tensor | None,
+        *xy: Tensor,
     ) -> tuple[Tensor, ...]:
-        shown, made = _evaluate(call, tau, bias, xy)
+        shown, made = _evaluate(bare.with_tensors(x_ids, y_ids, left_out), tau, bias, xy)
         return *shown, *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output[2 if ctx.call.weights is None else 3 :])
+        ctx.save_for_backward(*tensors, *output[-_made(ctx.call, tensors[MASK + 1]) :])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -77,25 +90,37 @@ class TransformedValue(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        differentiate = Gradient.apply if torch.is_grad_enabled() else _gradient
-        return None, *differentiate(ctx.call, upstream, *ctx.saved_tensors)
+        mask, rest = ctx.saved_tensors[:MASK], ctx.saved_tensors[MASK:]
+        if torch.is_grad_enabled():
+            found = Gradient.apply(ctx.call, *mask, upstream, *rest)
+        else:
+            found = _gradient(ctx.call.with_tensors(*mask), upstream, *rest)
+        return None, *(None for _ in mask), *found
 
 
 class Gradient(torch.autograd.Function):
     """`Value.backward` as a function of its own, so that it too has a derivative."""
 
     @staticmethod
-    def forward(call: Call, upstream: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(call, upstream, *saved)
+    def forward(
+        bare: Call,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        left_out: Tensor | None,
+        upstream: Tensor,
+        *saved: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        return _gradient(bare.with_tensors(x_ids, y_ids, left_out), upstream, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors[: 3 + 2 * ctx.call.pairs])
+        ctx.save_for_backward(*tensors[: MASK + 3 + 2 * ctx.call.pairs])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        call, again = ctx.call, torch.is_grad_enabled()
+        mask, saved = ctx.saved_tensors[:MASK], ctx.saved_tensors[MASK:]
+        call, again = ctx.call.with_tensors(*mask), torch.is_grad_enabled()
         inputs = [
             # In a third derivative the graph goes on into these tensors, otherwise it ends here. A view keeps
             # `grad` below from walking into whatever made them, which is the engine's to do.
@@ -104,7 +129,7 @@ class Gradient(torch.autograd.Function):
             else t.view_as(t)
             if again and t.requires_grad
             else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
+            for t in saved
         ]
         first, tau, bias, *xy = inputs
         variables = [t for t in inputs[1:] if t is not None]
@@ -124,7 +149,8 @@ class Gradient(torch.autograd.Function):
                 )
             )
         results = [None if t is None else next(found) for t in inputs]
-        return None, *results, *(None for _ in ctx.needs_input_grad[1 + len(results) :])
+        results = [None, *(None for _ in mask), *results]
+        return *results, *(None for _ in ctx.needs_input_grad[len(results) :])
 
 
 def _evaluate(
@@ -134,9 +160,18 @@ def _evaluate(
     x, y = xy[: call.pairs], xy[call.pairs :]
     if call.weights is None:
         result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
-        return (result.loss, result.hits), [result.lse]
-    total, terms, hits, made = call.step(tau, bias, x, y)
-    return (total, hits, terms), made
+        return (result.loss, result.hits, *_counted(result)), [result.lse]
+    terms, made = call.step(tau, bias, x, y)
+    return (terms.total, terms.hits, terms.loss, *_counted(terms)), made
+
+
+def _counted(terms: Terms) -> tuple[Tensor, ...]:
+    return () if terms.ranks is None else (terms.ranks,)
+
+
+def _made(call: Call, bias: Tensor | None) -> int:
+    """How many tensors `_evaluate` keeps while all gradients are needed."""
+    return 1 if call.weights is None else (1 if bias is None else 2) + 2 * call.pairs
 
 
 def _gradient(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, plain
+from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, Terms, plain
 from hdc_kernels.selection import implementation
 
 
@@ -23,6 +23,20 @@ class Call(NamedTuple):
     function: Function = "info_nce"
     mask: Mask = EVERYTHING
     needs_y: bool = True
+    ranked: bool = False
+
+    def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
+        """Itself but for the tensors of its mask, and these."""
+        ids = self.mask.ids or (None, None)
+        mask = self.mask._replace(ids=None, left_out=None)
+        return self._replace(mask=mask), (*ids, self.mask.left_out)
+
+    def with_tensors(
+        self, x_ids: Tensor | None, y_ids: Tensor | None, left_out: Tensor | None
+    ) -> "Call":
+        """What `without_tensors` took apart."""
+        ids = None if x_ids is None or y_ids is None else (x_ids, y_ids)
+        return self._replace(mask=self.mask._replace(ids=ids, left_out=left_out))
 
     def problems(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
@@ -39,6 +53,7 @@ class Call(NamedTuple):
             self.mask,
             bias,
             self.needs_y,
+            self.ranked,
         )
 
     def plain(
@@ -51,10 +66,10 @@ class Call(NamedTuple):
 
     def step(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Total, terms, hits, and for `scale` the total's gradients, as `backward` has them."""
+    ) -> tuple[Terms, list[Tensor]]:
+        """Terms and for `scale` the total's gradients, as `backward` has them."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
-        return terms.total, terms.loss, terms.hits, self._listed(gradients, x, y)
+        return terms, self._listed(gradients, x, y)
 
     def backward(
         self,

@@ -29,6 +29,7 @@ class Contrast(NamedTuple):
     value: Tensor
     terms: Tensor
     hits: Tensor
+    ranks: Tensor | None = None  # unless `ranked`
 
 
 def contrast(
@@ -43,6 +44,7 @@ def contrast(
     function: Function = "info_nce",
     mask: Mask = EVERYTHING,
     bias: Tensor | None = None,
+    ranked: bool = False,
     backend: str = "auto",
 ) -> Contrast:
     """The term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
@@ -55,10 +57,8 @@ def contrast(
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
     compiling = torch.compiler.is_compiling()
-    selected = select(backend, x, y, rows_first)
-    special = function != "info_nce" or mask != EVERYTHING
     call = Call(
-        "chunked" if special and selected == "triton" else selected,
+        select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
@@ -67,17 +67,31 @@ def contrast(
         rows_first,
         function,
         mask,
+        ranked=ranked,
     )
     if compiling:
-        value, terms, hits = _compiled(call, tau, bias, x, y)
-        return Contrast(value if weights is None else value / divisor, terms.detach(), hits)
+        value, terms, hits, ranks = _compiled(call, tau, bias, x, y)
+        value = value if weights is None else value / divisor
+        return Contrast(value, terms.detach(), hits, ranks if ranked else None)
     if call.backend in PLAIN:
-        value, terms, hits = call.plain(tau, bias, x, y)
-        return Contrast(value, terms.detach(), hits)
+        return _plain(call, tau, bias, x, y)
     if _differentiable(tau, bias, x, y):
         return Contrast(*autograd.value(call, tau, bias, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
-    return Contrast(result.loss if weights is None else result.total, result.loss, result.hits)
+    value = result.loss if weights is None else result.total
+    return Contrast(value, result.loss, result.hits, result.ranks)
+
+
+def _plain(
+    call: Call,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    x: tuple[Tensor, ...],
+    y: tuple[Tensor, ...],
+) -> Contrast:
+    value, terms, hits = call.plain(tau, bias, x, y)
+    ranks = plain.ranks(call.problems(tau, bias, x, y)) if call.ranked else None
+    return Contrast(value, terms.detach(), hits, ranks)
 
 
 def _compiled(
@@ -86,10 +100,10 @@ def _compiled(
     bias: Tensor | None,
     x: tuple[Tensor, ...],
     y: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, terms and hits in operators that the compiler knows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Value, terms, hits and ranks in operators that the compiler knows."""
     if call.backend in PLAIN:
-        return call.plain(tau, bias, x, y)
+        return _plain(call, tau, bias, x, y)
     tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)), call.mask.left_out)
     options = (
         call.temperature,
@@ -100,14 +114,15 @@ def _compiled(
         call.function,
         call.mask.diagonal,
         call.mask.same,
+        call.ranked,
     )
     if call.weights is not None and _differentiable(tau, bias, x, y):
-        total, terms, hits, _ = operators.contrast_total(*tensors, call.weights, *options)
-        return total, terms, hits
-    terms, hits, _ = operators.contrast_terms(*tensors, *options)
+        total, terms, hits, ranks, _ = operators.contrast_total(*tensors, call.weights, *options)
+        return total, terms, hits, ranks
+    terms, hits, ranks, _ = operators.contrast_terms(*tensors, *options)
     if call.weights is None:
-        return terms, terms, hits
-    return plain.total(call.problems(tau, bias, x, y), terms), terms, hits
+        return terms, terms, hits, ranks
+    return plain.total(call.problems(tau, bias, x, y), terms), terms, hits, ranks
 
 
 def _differentiable(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Mask
+from hdc_kernels.backends import Mask, Terms
 from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
@@ -20,14 +20,14 @@ from hdc_kernels.selection import implementation
 INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? left_out"
 OPTIONS = (
     "float temperature, bool symmetric, bool normalize, int rows_first, str backend, str function, "
-    "bool diagonal, bool same"
+    "bool diagonal, bool same, bool ranked"
 )
 
 
 @torch.library.custom_op(
     "hdc_kernels::contrast_total",
     mutates_args=(),
-    schema=f"({INPUTS}, float[] weights, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({INPUTS}, float[] weights, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 def contrast_total(
     x: Sequence[Tensor],
@@ -39,28 +39,31 @@ def contrast_total(
     left_out: Tensor | None,
     weights: Sequence[float],
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Total, terms, hits, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
-    return _call(len(x), weights, x_ids, y_ids, left_out, options).step(tau, bias, x, y)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Total, terms, hits, ranks, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
+    call = _call(len(x), weights, x_ids, y_ids, left_out, options)
+    terms, made = call.step(tau, bias, x, y)
+    return terms.total, terms.loss, terms.hits, _ranks(terms), made
 
 
 @contrast_total.register_fake
 def _(
-    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
-    terms, hits = _flat(x, dtype), _flat(x, torch.bool)
+    terms, hits = _flat(x, dtype, x[0]), _flat(x, torch.bool, x[0])
+    ranks = _flat(x if rest[-1] else [], torch.int64, x[0])
     scalar = x[0].new_empty((), dtype=dtype)
     made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
-    return scalar, terms, hits, [*_scalars(scalar, bias), *made]
+    return scalar, terms, hits, ranks, [*_scalars(scalar, bias), *made]
 
 
 def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, y, ctx.tau, ctx.bias, *_ = inputs
-    _, terms, hits, made = output
+    _, terms, hits, ranks, made = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, *made)
-    ctx.mark_non_differentiable(terms, hits, *made)
+    ctx.mark_non_differentiable(terms, hits, ranks, *made)
     ctx.set_materialize_grads(False)
 
 
@@ -96,7 +99,7 @@ def _(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Te
 @torch.library.custom_op(
     "hdc_kernels::contrast_terms",
     mutates_args=(),
-    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def contrast_terms(
     x: Sequence[Tensor],
@@ -107,11 +110,11 @@ def contrast_terms(
     y_ids: Tensor | None,
     left_out: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms, hits and logsumexps."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Terms, hits, ranks and logsumexps."""
     call = _call(len(x), None, x_ids, y_ids, left_out, options)
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
-    return result.loss, result.hits, result.lse
+    return result.loss, result.hits, _ranks(result), result.lse
 
 
 @contrast_terms.register_fake
@@ -124,20 +127,21 @@ def _(
     y_ids: Tensor | None,
     left_out: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _call(len(x), None, x_ids, y_ids, left_out, options)
-    terms = _flat(x, reference.compute_dtype(x[0].dtype))
+    terms = _flat(x, reference.compute_dtype(x[0].dtype), x[0])
     lse = implementation(call.backend).LSE_DTYPE
     shape = (1 + call.symmetric, terms.shape[0])
-    return terms, _flat(x, torch.bool), terms.new_empty(shape, dtype=lse)
+    ranks = _flat(x if call.ranked else [], torch.int64, x[0])
+    return terms, _flat(x, torch.bool, x[0]), ranks, terms.new_empty(shape, dtype=lse)
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, y, ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, ctx.left_out, *ctx.options = inputs
-    _, hits, lse = output
+    _, hits, ranks, lse = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, lse)
-    ctx.mark_non_differentiable(hits, lse)
+    ctx.mark_non_differentiable(hits, ranks, lse)
     ctx.set_materialize_grads(False)
 
 
@@ -190,7 +194,9 @@ def _call(
     left_out: Tensor | None,
     options: Sequence[Any],
 ) -> Call:
-    temperature, symmetric, normalize, rows_first, backend, function, diagonal, same = options
+    temperature, symmetric, normalize, rows_first, backend, function, diagonal, same, ranked = (
+        options
+    )
     ids = None if x_ids is None or y_ids is None else (x_ids, y_ids)
     return Call(
         backend,
@@ -202,12 +208,18 @@ def _call(
         rows_first,
         function,
         Mask(diagonal, ids, same, left_out),
+        ranked=ranked,
     )
 
 
-def _flat(x: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[T]: one entry for each row of each x."""
-    return x[0].new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
+def _flat(x: Sequence[Tensor], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """[T]: one entry for each row of each x, where `like` is."""
+    return like.new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
+
+
+def _ranks(terms: Terms) -> Tensor:
+    """An operator returns tensors only: an empty one if they were not asked for."""
+    return terms.hits.new_empty(0, dtype=torch.int64) if terms.ranks is None else terms.ranks
 
 
 def _scalars(d_tau: Tensor, bias: Tensor | None) -> list[Tensor]:

@@ -3,7 +3,8 @@
 The rule of "auto":
 
     CPU tensors      "cpu", if the C++ library was built
-    CUDA tensors     "triton", if Triton is installed and the GPU is an Ampere or newer, but not for float64
+    CUDA tensors     "triton", if Triton is installed and the GPU is an Ampere or newer, but neither for float64
+                     nor where a mask leaves out single entries
     anything else    "torch" up to PLAIN_LOGITS logits, "chunked" above
 
 That of CPU tensors is measured, at every size in `bench/results/README.md`; that of CUDA tensors is not yet.
@@ -24,7 +25,14 @@ from hdc_kernels.backends import Implementation
 PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
 
 
-def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor], rows_first: int = 0) -> str:
+def select(
+    backend: str,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    rows_first: int = 0,
+    *,
+    single_entries: bool = False,
+) -> str:
     """The name of the backend for these tensors; raises ValueError if it is missing or does not fit.
 
     The first `rows_first` pairs have their rows in dimension 0, the others in the last but one.
@@ -33,7 +41,8 @@ def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor], rows_first: i
     if backend == "auto":
         if device == "cpu" and _has_library():
             return "cpu"
-        if device == "cuda" and dtype != torch.float64 and _has_triton() and _is_ampere(x[0]):
+        on_triton = device == "cuda" and dtype != torch.float64 and not single_entries
+        if on_triton and _has_triton() and _is_ampere(x[0]):
             return "triton"
         logits = sum(
             a.numel() // a.shape[-1] * b.shape[0 if k < rows_first else -2]
@@ -55,6 +64,10 @@ def select(backend: str, x: Sequence[Tensor], y: Sequence[Tensor], rows_first: i
             raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
         if dtype == torch.float64:
             raise ValueError("backend is 'triton' but the tensors are float64; use 'auto'")
+        if single_entries:
+            raise ValueError(
+                "backend is 'triton', which leaves out no single entries or listed pairs; use 'auto'"
+            )
     return backend
 
 

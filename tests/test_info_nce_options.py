@@ -247,7 +247,7 @@ def test_label_smoothing_of_independent_problems_with_weights() -> None:
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_metrics(reduction: Any, shape: tuple[int, ...] | None, in_batch: bool) -> None:
-    """The loss is the same, the metrics are detached; a hit beats every negative that counts."""
+    """The loss is the same, the metrics are detached; hits and ranks are of every negative that counts."""
     query = randn(8, 4).requires_grad_()
     key, negatives = query.detach() + randn(8, 4, seed=1), None if shape is None else randn(*shape)
     options: dict[str, Any] = {"negatives": negatives, "in_batch": in_batch, "temperature": 0.2}
@@ -269,6 +269,8 @@ def test_metrics(reduction: Any, shape: tuple[int, ...] | None, in_batch: bool) 
     assert 0 < hits.sum() < 8
     assert metrics.accuracy.item() == pytest.approx(hits.double().mean().item())
     assert metrics.accuracy.dtype == torch.float32
+    ranks = (s >= s[:, :8].diagonal().unsqueeze(1)).sum(1) - 1  # but for the positive itself
+    assert metrics.rank.tolist() == ranks.tolist()
     weighted = fused_info_nce(
         query, key, reduction=reduction, sample_weights=torch.arange(1.0, 9.0), **options
     )
@@ -319,7 +321,7 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
     found = []
     for function in (compiled, fused_info_nce):
         loss, metrics = function(query, key, return_metrics=True, **options)
-        found.append([loss, metrics.accuracy, *torch.autograd.grad(loss, (query, key))])
+        found.append([loss, metrics.accuracy, metrics.rank, *torch.autograd.grad(loss, (query, key))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-14)
 

@@ -5,15 +5,19 @@ tests run on it.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Problems
+from hdc_kernels.backends import Mask, Problems
+from hdc_kernels.backends.plain import terms as specification
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,6 +35,7 @@ class Result(NamedTuple):
     x: tuple[Tensor, ...]
     y: tuple[Tensor, ...]
     temperature: Tensor
+    bias: Tensor | None
 
 
 @pytest.fixture(autouse=True)
@@ -68,50 +73,110 @@ def make(
     return Problems(tuple(xs), tuple(ys), weights, temperature, normalize, symmetric)
 
 
-def differentiate(problems: Problems, dtype, upstream: Tensor | None, terms_of) -> Result:
-    """Autograd through `terms_of(x, y, temperature)` in `dtype`."""
-    xs = [x.detach().to(dtype).requires_grad_() for x in problems.x]
-    ys = [y.detach().to(dtype).requires_grad_() for y in problems.y]
-    temperature = torch.tensor(
-        float(problems.temperature), dtype=dtype, device=DEVICE, requires_grad=True
+def make_masked(
+    shape, function, mask, dtype=torch.float32, *, temperature=0.07, normalize=True, symmetric=False
+) -> Problems:
+    """One pair, as `make`; the mask by name: "everything", "off" the diagonal, "ids", "same" and "off ids"."""
+    G, M, N, _ = shape
+    problems = make(
+        [shape], dtype, temperature=temperature, normalize=normalize, symmetric=symmetric
     )
-    losses = [terms_of(x, y, temperature).flatten() for x, y in zip(xs, ys, strict=True)]
-    total = sum(weight * loss.sum() for weight, loss in zip(problems.weights, losses, strict=True))
-    loss = torch.cat(losses)
+    generator = torch.Generator().manual_seed(2)
+    # The lower halves are equal: ids are compared in all of their 64 bits.
+    ids = tuple(
+        (torch.randint(-2, 2, (G, rows), generator=generator) << 32).to(DEVICE) for rows in (M, N)
+    )
+    bias = 2 * torch.randn(G * M, generator=generator).to(DEVICE) - 2
+    return problems._replace(
+        function=function,
+        mask=Mask(
+            "off" not in mask, ids if mask in ("ids", "same", "off ids") else None, mask == "same"
+        ),
+        bias=bias if function == "softplus" else None,
+    )
+
+
+def differentiate(
+    problems: Problems, dtype, upstream: Tensor | None, terms_of: Callable[[Problems], Tensor]
+) -> Result:
+    """Autograd through `terms_of` in `dtype`."""
+
+    def leaf(t):
+        return t.detach().to(DEVICE, dtype).requires_grad_()
+
+    bias = None if problems.bias is None else leaf(problems.bias)
+    inputs = problems._replace(
+        x=tuple(map(leaf, problems.x)),
+        y=tuple(map(leaf, problems.y)),
+        temperature=leaf(torch.tensor(float(problems.temperature))),
+        bias=bias,
+    )
+    loss = terms_of(inputs)
+    parts = loss.split([x.shape[0] * x.shape[1] for x in inputs.x])
+    total = sum(weight * part.sum() for weight, part in zip(inputs.weights, parts, strict=True))
     (total if upstream is None else (upstream.to(dtype) * loss).sum()).backward()
     return Result(
         loss.detach(),
         total.detach(),
-        tuple(x.grad for x in xs),
-        tuple(y.grad for y in ys),
-        temperature.grad,
+        tuple(x.grad for x in inputs.x),
+        tuple(y.grad for y in inputs.y),
+        inputs.temperature.grad,
+        None if bias is None else bias.grad,
     )
 
 
 def exact(problems: Problems, upstream: Tensor | None = None) -> Result:
     """The specification in float64."""
-
-    def terms(x, y, temperature):
-        logits = reference.cosine_logits(x, y, temperature, normalize=problems.normalize)
-        return reference.info_nce(logits, symmetric=problems.symmetric)
-
-    return differentiate(problems, torch.float64, upstream, terms)
+    return differentiate(problems, torch.float64, upstream, lambda inputs: specification(inputs)[0])
 
 
 def plain(problems: Problems, upstream: Tensor | None = None) -> Result:
     """What one writes without this library, in the embeddings' own dtype."""
 
-    def terms(x, y, temperature):
-        if problems.normalize:
-            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-        logits = x @ y.mT / temperature
-        own = torch.arange(x.shape[1], device=DEVICE).expand(x.shape[:2])
-        loss = F.cross_entropy(logits.mT, own, reduction="none")
-        if problems.symmetric:
-            loss = (loss + F.cross_entropy(logits, own, reduction="none")) / 2
-        return loss
+    def terms(inputs):
+        sizes = [x.shape[0] * x.shape[1] for x in inputs.x]
+        biases = [None] * len(sizes) if inputs.bias is None else inputs.bias.split(sizes)
+        pairs = zip(inputs.x, inputs.y, biases, strict=True)
+        return torch.cat([plain_terms(x, y, bias, inputs).flatten() for x, y, bias in pairs])
 
     return differentiate(problems, problems.x[0].dtype, upstream, terms)
+
+
+def plain_terms(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> Tensor:
+    if problems.normalize:
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    logits = (x @ y.mT / problems.temperature).masked_fill(left_out(problems), -math.inf)
+    if problems.function == "softplus":
+        shifted = logits + bias.view(*x.shape[:2], 1)
+        return torch.logaddexp(shifted, shifted.new_zeros(())).sum(-1)
+    if problems.function == "logsumexp":
+        rows = plain_logsumexp(logits)
+        return (rows + plain_logsumexp(logits.mT)) / 2 if problems.symmetric else rows
+    own = torch.arange(x.shape[1], device=DEVICE).expand(x.shape[:2])
+    loss = F.cross_entropy(logits.mT, own, reduction="none")
+    if problems.symmetric:
+        loss = (loss + F.cross_entropy(logits, own, reduction="none")) / 2
+    return loss
+
+
+def plain_logsumexp(logits: Tensor) -> Tensor:
+    """PyTorch's has no gradient where there is nothing to sum."""
+    empty = (logits == -math.inf).all(-1)
+    lse = logits.masked_fill(empty.unsqueeze(-1), 0).logsumexp(-1)
+    return lse.masked_fill(empty, -math.inf)
+
+
+def left_out(problems: Problems) -> Tensor:
+    """The mask of every pair, or of the one that has ids; bool, to broadcast over its logits."""
+    mask, info_nce = problems.mask, problems.function == "info_nce"
+    if mask.ids is None and (mask.diagonal or info_nce):
+        return torch.zeros((), dtype=torch.bool, device=DEVICE)
+    diagonal = torch.eye(problems.x[0].shape[1], problems.y[0].shape[1], device=DEVICE).bool()
+    if mask.ids is None:
+        return diagonal
+    equal = mask.ids[0].unsqueeze(2) == mask.ids[1].unsqueeze(1)
+    out = ~equal if mask.same else equal
+    return out & ~diagonal if info_nce else out if mask.diagonal else out | diagonal
 
 
 def ours(problems: Problems, upstream: Tensor | None = None) -> Result:
@@ -127,9 +192,11 @@ def ours(problems: Problems, upstream: Tensor | None = None) -> Result:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """|actual − expected| / |expected|."""
+    """|actual − expected| / |expected|, of what is not −∞ in both."""
     assert actual.shape == expected.shape
-    return float((actual.double() - expected).norm() / expected.norm())
+    here = expected != -math.inf
+    assert torch.equal(actual != -math.inf, here)
+    return float((actual[here].double() - expected[here]).norm() / expected[here].norm())
 
 
 def errors(actual: Result, expected: Result) -> dict[str, float]:
@@ -140,6 +207,8 @@ def errors(actual: Result, expected: Result) -> dict[str, float]:
     for name, mine, theirs in (("x", actual.x, expected.x), ("y", actual.y, expected.y)):
         for k, (a, e) in enumerate(zip(mine, theirs, strict=True)):
             found[f"{name}{k}"] = error(a, e)
+    if expected.bias is not None:
+        found["bias"] = error(actual.bias, expected.bias)
     return found
 
 
@@ -219,6 +288,149 @@ def test_upstream_differs_by_row(dtype, path, symmetric):
     problems = make([(2, 20, 20, 24), (1, 17, 17, 24)], getattr(torch, dtype), symmetric=symmetric)
     upstream = torch.randn(57, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     check(problems, upstream)
+
+
+FUNCTIONS = [("info_nce", mask) for mask in ("ids", "same")] + [
+    (function, mask)
+    for function in ("logsumexp", "softplus")
+    for mask in ("everything", "off", "ids", "same", "off ids")
+]
+
+
+@pytest.mark.parametrize(("function", "mask"), FUNCTIONS)
+@pytest.mark.parametrize("shape", [(2, 19, 35, 17), (1, 35, 19, 17)])
+@pytest.mark.parametrize(
+    ("dtype", "learned"),
+    [("float32", False), ("float32", True), ("bfloat16", False), ("float16", True)],
+)
+def test_functions_and_masks(dtype, learned, shape, function, mask):
+    if function == "info_nce":
+        shape = (shape[0], 19, 35, shape[3])
+    temperature = torch.tensor(0.07, device=DEVICE) if learned else 0.07
+    check(make_masked(shape, function, mask, getattr(torch, dtype), temperature=temperature))
+
+
+@pytest.mark.parametrize("learned", [False, True])  # in one pass over the logits or in two
+@pytest.mark.parametrize(
+    ("function", "mask"), [case for case in FUNCTIONS if case[0] != "softplus"]
+)
+def test_functions_and_masks_of_columns(function, mask, learned):
+    temperature = torch.tensor(0.07, device=DEVICE) if learned else 0.07
+    problems = make_masked((2, 21, 21, 16), function, mask, temperature=temperature, symmetric=True)
+    check(problems)
+    check(problems, torch.linspace(0.5, 2, 42, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("function", "mask"), [("info_nce", "ids"), ("logsumexp", "off"), ("softplus", "off ids")]
+)
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("bfloat16", (1, 150, 140, 24)), ("float16", (1, 40, 24, 300))]
+)
+def test_functions_and_masks_beyond_one_block(dtype, shape, function, mask):
+    if function == "info_nce":
+        shape = (1, shape[2], shape[1], shape[3])
+    problems = make_masked(shape, function, mask, getattr(torch, dtype))
+    check(problems, torch.linspace(0.5, 2, shape[1], device=DEVICE))
+
+
+@pytest.mark.parametrize("function", ["logsumexp", "softplus"])
+def test_functions_of_pairs(function):
+    problems = make([(2, 9, 5, 7), (1, 9, 5, 7), (1, 4, 20, 3)])._replace(function=function)
+    if function == "softplus":
+        problems = problems._replace(bias=torch.linspace(-5, 2, 31, device=DEVICE))
+    check(problems)
+    check(problems, torch.linspace(0.5, 2, 31, device=DEVICE))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("function", ["info_nce", "logsumexp", "softplus"])
+def test_a_row_without_columns(function, learned, symmetric):
+    """Row 3 and column 5 have an id of their own; only info_nce's positives are left of them."""
+    temperature = torch.tensor(0.1, device=DEVICE) if learned else 0.1
+    problems = make_masked(
+        (1, 18, 18, 8),
+        function,
+        "same",
+        temperature=temperature,
+        symmetric=symmetric and function != "softplus",
+    )
+    x_ids, y_ids = problems.mask.ids
+    x_ids[0, 3], y_ids[0, 5] = 100, 101
+    found, expected = ours(problems), exact(problems)
+    if not problems.symmetric:
+        assert found.loss[3] == (-math.inf if function == "logsumexp" else 0)
+        assert not found.x[0][0, 3].any()
+        assert function == "info_nce" or not found.y[0][0, 5].any()
+    assert max(errors(found, expected).values()) < 1e-6
+    assert float(found.total) == pytest.approx(float(expected.total), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [-10.0, -40.0, 30.0])
+def test_softplus_is_accurate_at_every_bias(bias):
+    """float32 rounds the logits, of up to 14, but must not round 1 + exp(−40) to 1."""
+    problems = make_masked((1, 20, 24, 8), "softplus", "everything")
+    problems = problems._replace(bias=torch.full_like(problems.bias, bias))
+    found = errors(ours(problems), exact(problems))
+    assert max(found.values()) < 4e-6
+
+
+def test_the_same_bits_of_any_function_every_time():
+    for function in ("logsumexp", "softplus"):
+        problems = make_masked((2, 20, 30, 16), function, "off ids", torch.bfloat16)
+        first_terms, first = triton_backend.step(problems)
+        for _ in range(100 if GPU else 1):
+            terms, gradients = triton_backend.step(problems)
+            assert torch.equal(terms.loss, first_terms.loss)
+            assert not terms.hits.any()
+            assert all(map(torch.equal, (*gradients.x, *gradients.y), (*first.x, *first.y)))
+            assert gradients.bias is None or torch.equal(gradients.bias, first.bias)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_problem(data):
+    """Within twice plain PyTorch's error and some roundings of the largest terms."""
+    function = data.draw(st.sampled_from(["info_nce", "logsumexp", "softplus"]))
+    mask = data.draw(st.sampled_from(["everything", "off", "ids", "same", "off ids"]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    G, M, N, D = (data.draw(st.integers(*bounds)) for bounds in ((1, 2), (1, 40), (1, 40), (2, 24)))
+    symmetric = function != "softplus" and data.draw(st.booleans())
+    if function == "info_nce":
+        M, N = min(M, N), max(M, N)
+    tau = math.exp(data.draw(st.floats(math.log(1e-2), math.log(10.0))))
+    problems = make_masked(
+        (G, M, M if symmetric else N, D),
+        function,
+        mask,
+        dtype,
+        temperature=torch.tensor(tau, device=DEVICE) if data.draw(st.booleans()) else tau,
+        normalize=data.draw(st.booleans()),
+        symmetric=symmetric,
+    )
+    if data.draw(st.booleans()):  # rows inside problems, and every other dimension
+        twice = [
+            t.repeat_interleave(2, -1).transpose(0, 1).contiguous()
+            for t in (*problems.x, *problems.y)
+        ]
+        x, y = (t.transpose(0, 1)[..., ::2] for t in twice)
+        problems = problems._replace(x=(x,), y=(y,))
+
+    expected, found, allowed = exact(problems), ours(problems), plain(problems)
+    eps = torch.finfo(dtype).eps + 2.0**-22 / tau
+    terms = problems.weights[0] * G * max(M, N) * (N if function == "softplus" else 1)
+    scales = Result(torch.tensor(1 / tau), None, 1 / tau, 1 / tau, 1 / tau**2, 1.0)
+    for name in ("loss", "x", "y", "temperature", "bias"):
+        mine, wanted, theirs = (getattr(result, name) for result in (found, expected, allowed))
+        if wanted is None:
+            continue
+        mine, wanted, theirs = (t[0] if isinstance(t, tuple) else t for t in (mine, wanted, theirs))
+        here = wanted != -math.inf
+        assert torch.equal(mine != -math.inf, here), name
+        scale = float(wanted[here].norm()) + terms * float(getattr(scales, name))
+        bound = 2 * float((theirs[here].double() - wanted[here]).norm()) + eps * scale
+        assert float((mine[here].double() - wanted[here]).norm()) <= bound, (name, problems)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

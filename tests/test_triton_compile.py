@@ -30,6 +30,15 @@ CASES = (
     "sm_80:float32:tf32:512:256:symmetric",
     "sm_80:float16:tf32:64:64:symmetric",
     "sm_100:bfloat16:tf32:128:128:plain",
+    "sm_80:bfloat16:tf32:512:128:symmetric+ids",
+    "sm_80:bfloat16:tf32:512:256:softplus+ids",
+    "sm_90:bfloat16:tf32:512:128:logsumexp+symmetric+ids+diagonal",
+    "sm_90:float16:tf32:512:512:softplus+ids+diagonal",
+    "sm_90:float32:tf32:512:128:softplus",
+    "sm_90:float16:tf32:128:128:ids",
+    "sm_100:bfloat16:tf32:512:128:logsumexp+symmetric+ids",
+    "sm_100:bfloat16:tf32:512:128:ids",
+    "sm_100:bfloat16:tf32:512:128:softplus+diagonal",
 )
 
 

@@ -1,6 +1,8 @@
 """Compiles the Triton kernels ahead of time and prints what they need: one JSON object a kernel.
 
-    python tests/triton_resources.py "case" ...      a case is dtype:precision:rows:dimensions:symmetric
+    python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
+
+"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus.
 
 No GPU takes part. The launches that `step` makes are recorded, not run, and compiled with the same
 arguments' types for several targets; registers, stack and instructions are read from the binaries.
@@ -20,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hdc_kernels.backends import Problems, outputs
+from hdc_kernels.backends import Function, Mask, Problems, outputs
 from hdc_kernels.backends.triton import general, small
 
 TARGETS = {
@@ -32,6 +34,7 @@ TARGETS = {
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
+    torch.int64: "*i64",
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -58,7 +61,8 @@ def record(problems: Problems, module: Any) -> list[Any]:
             setattr(module, name, Recorder(value, launches))
     rows = outputs.empty_rows(problems)
     dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
-    module.contrast(problems, rows, None, dx, dy)
+    d_bias = () if module is small else (problems.bias,)
+    module.contrast(problems, rows, None, dx, dy, *d_bias)
     for name, value in list(vars(module).items()):
         if isinstance(value, Recorder):
             setattr(module, name, value.kernel)
@@ -79,6 +83,9 @@ def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple
             return TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
+        if value is None:
+            constants[path] = None
+            return "constexpr"
         if value == 1:
             constants[path] = 1
             return "constexpr"
@@ -125,15 +132,35 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Problems:
+    """Some problems of the kind that a case asks for."""
+    # One problem is a launch of its own kind: Triton makes every 1 among the arguments a constant.
+    count = 2 if "symmetric" in what else 1
+    x = (torch.empty(count, rows, dimensions, dtype=dtype),) * (1 if "ids" in what else count)
+    ids = torch.empty(count, rows, dtype=torch.int64)
+    function: Function = "info_nce"
+    if "logsumexp" in what:
+        function = "logsumexp"
+    if "softplus" in what:
+        function = "softplus"
+    return Problems(
+        x,
+        x,
+        (1.0,) * len(x),
+        temperature=0.07,
+        normalize=True,
+        symmetric="symmetric" in what,
+        function=function,
+        mask=Mask("diagonal" not in what, (ids, ids) if "ids" in what else None),
+        bias=torch.empty(len(x) * count * rows) if "softplus" in what else None,
+    )
+
+
 def main() -> None:
     for case in sys.argv[1:]:
-        target, dtype, precision, rows, dimensions, symmetric = case.split(":")
+        target, dtype, precision, rows, dimensions, what = case.split(":")
         torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-        # One problem is a launch of its own kind: Triton makes every 1 among the arguments a constant.
-        count = 2 if symmetric == "symmetric" else 1
-        shape = (count, int(rows), int(dimensions))
-        x = (torch.empty(shape, dtype=getattr(torch, dtype)),) * count
-        problems = Problems(x, x, (1.0,) * count, 0.07, True, symmetric == "symmetric")
+        problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
         module = small if small.fits(problems, CAPABILITIES[target]) else general
         for kernel, args, options in record(problems, module):
             compiled_source, flags = source(kernel, args, options)

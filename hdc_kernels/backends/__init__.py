@@ -61,6 +61,7 @@ class Problems(NamedTuple):
     mask: Mask = EVERYTHING
     bias: Tensor | None = None  # [T] in the dtype of `reference.compute_dtype`, for "softplus"
     needs_y: bool = True  # whether gradients of y are asked for; a queue of keys needs none
+    ranked: bool = False  # whether `Terms.ranks` are asked for; "info_nce" only
 
 
 class Terms(NamedTuple):
@@ -72,12 +73,14 @@ class Terms(NamedTuple):
         meaning but for "info_nce".
     lse: [1, T] of dtype LSE_DTYPE, the rows' lse_i; `symmetric` gives [2, T], with that of the columns
         below. Without a meaning for "softplus".
+    ranks: [T] int64, how many of the row's negatives the positive's logit is not above; None unless `ranked`.
     """
 
     total: Tensor
     loss: Tensor
     hits: Tensor
     lse: Tensor
+    ranks: Tensor | None = None
 
 
 class Gradients(NamedTuple):

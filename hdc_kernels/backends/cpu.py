@@ -22,7 +22,7 @@ LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 _FORWARD, _BACKWARD, _STEP = range(3)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2}
-_CALL = struct.Struct("10qd8P")  # struct HdcCall
+_CALL = struct.Struct("10qd9P")  # struct HdcCall
 _PROBLEM = struct.Struct("P3qP3qP3qP3q4qd4P")  # struct HdcProblem
 
 
@@ -87,7 +87,8 @@ def multiplies_bfloat16() -> bool:
 
 def _empty_terms(problems: Problems) -> Terms:
     rows = empty_rows(problems)
-    return Terms(torch.empty((), dtype=rows.loss.dtype), *rows)
+    ranks = torch.empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None
+    return Terms(torch.empty((), dtype=rows.loss.dtype), *rows, ranks)
 
 
 def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
@@ -151,6 +152,7 @@ def _call(
         terms.total.data_ptr(),
         terms.loss.data_ptr(),
         terms.hits.data_ptr(),
+        terms.ranks.data_ptr() if terms.ranks is not None else 0,
         terms.lse.data_ptr(),
         upstream.data_ptr() if upstream is not None else 0,
         gradients.temperature.data_ptr() if gradients else 0,

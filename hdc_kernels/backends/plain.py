@@ -38,6 +38,21 @@ def total(problems: Problems, loss: Tensor) -> Tensor:
     return torch.stack([weight * pair.sum() for weight, pair in sums]).sum()
 
 
+@torch.no_grad()
+def ranks(problems: Problems) -> Tensor:
+    """`Terms.ranks`, for whoever does not count them on the way."""
+    found = []
+    for x, y in zip(problems.x, problems.y, strict=True):
+        rows = max(1, CHUNK // (y.shape[0] * y.shape[1]))
+        parts = []
+        for first, chunk in zip(range(0, x.shape[1], rows), x.split(rows, 1), strict=True):
+            logits = _logits(chunk, y, first, problems)
+            positive = logits.diagonal(offset=first, dim1=-2, dim2=-1).unsqueeze(-1)
+            parts.append((~(logits < positive)).sum(-1) - 1)  # it does not beat itself
+        found.append(torch.cat(parts, 1).flatten())
+    return torch.cat(found)
+
+
 def _whole(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> tuple[Tensor, Tensor]:
     logits = _logits(x, y, 0, problems)
     if problems.function == "info_nce":

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends import Gradients, Problems, Terms, plain
 from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows
 from hdc_kernels.backends.triton import general, small
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
@@ -24,17 +24,18 @@ def forward(problems: Problems) -> Terms:
     """The terms of every row."""
     problems = _readable(problems)
     rows = empty_rows(problems)
-    total, _ = _launch(problems, rows, None, None, None)
-    return Terms(total, *rows)
+    total, _ = _launch(problems, rows, None, None, None, None)
+    return Terms(total, *rows, _ranks(problems))
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """Gradients of Σ upstream · terms."""
     problems = _readable(problems)
     dx, dy = empty_gradients(problems.x), empty_gradients(problems.y)
+    d_bias = _empty_bias(problems)
     rows = empty_rows(problems)._replace(lse=lse)
-    _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy)
-    return Gradients(dx, dy, d_temperature)
+    _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy, d_bias)
+    return Gradients(dx, dy, d_temperature, d_bias)
 
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
@@ -42,12 +43,23 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     problems = _readable(problems)
     rows = empty_rows(problems)
     dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
-    total, d_temperature = _launch(problems, rows, None, dx, dy)
-    return Terms(total, *rows), Gradients(dx, dy, d_temperature)
+    d_bias = _empty_bias(problems)
+    total, d_temperature = _launch(problems, rows, None, dx, dy, d_bias)
+    terms = Terms(total, *rows, _ranks(problems))
+    return terms, Gradients(dx, dy, d_temperature, d_bias)
+
+
+def _ranks(problems: Problems) -> Tensor | None:
+    """Counted apart: in a pass over the columns, a positive that comes late would have to be known early."""
+    return plain.ranks(problems) if problems.ranked else None
+
+
+def _empty_bias(problems: Problems) -> Tensor | None:
+    return None if problems.bias is None else torch.empty_like(problems.bias)
 
 
 def _readable(problems: Problems) -> Problems:
-    """Refuse what no kernel reads; bring each embedding's dimensions beside each other in memory."""
+    """Refuse what no kernel reads; lay out in memory what kernels read without strides."""
     dtype, device = problems.x[0].dtype, problems.x[0].device
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -64,7 +76,16 @@ def _readable(problems: Problems) -> Problems:
         tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         for tensors in (problems.x, problems.y)
     )
-    return problems._replace(x=x, y=y, weights=tuple(map(float, problems.weights)))
+    mask, bias = problems.mask, problems.bias
+    if mask.ids is not None:
+        mask = mask._replace(ids=(mask.ids[0].contiguous(), mask.ids[1].contiguous()))
+    return problems._replace(
+        x=x,
+        y=y,
+        weights=tuple(map(float, problems.weights)),
+        mask=mask,
+        bias=None if bias is None else bias.contiguous(),
+    )
 
 
 def _launch(
@@ -73,6 +94,7 @@ def _launch(
     upstream: Tensor | None,
     dx: tuple[Tensor, ...] | None,
     dy: tuple[Tensor, ...] | None,
+    d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     device = problems.x[0].device
     on_gpu = device.type == "cuda"
@@ -80,4 +102,4 @@ def _launch(
     with torch.cuda.device(device) if on_gpu else nullcontext():
         if small.fits(problems, capability):
             return small.contrast(problems, rows, upstream, dx, dy)
-        return general.contrast(problems, rows, upstream, dx, dy)
+        return general.contrast(problems, rows, upstream, dx, dy, d_bias)

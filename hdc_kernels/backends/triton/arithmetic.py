@@ -113,6 +113,26 @@ def sigmoid(z):
 
 
 @triton.jit
+def softplus2(z):
+    """log(1 + 2^z), of every logit: `softplus` would take a logarithm, and branch, for each."""
+    t = tl.exp2(-tl.abs(z))
+    ratio = t / (2.0 + t)
+    square = ratio * ratio
+    # log(1 + t) = 2 atanh(ratio), here a Chebyshev fit with a relative error of 4e-9.
+    series = 0.2815777836310908 * square + 0.2796515774519727
+    series = series * square + 0.40024595230703748
+    series = series * square + 0.66666321641377773
+    series = series * square + 2.0000000076817588
+    return tl.maximum(z, 0.0) * LN_2 + ratio * series
+
+
+@triton.jit
+def sigmoid2(z):
+    """2^z / (1 + 2^z); 0 at −∞."""
+    return 1.0 / (1.0 + tl.exp2(-z))
+
+
+@triton.jit
 def finite_shift(lse):
     """+∞ where there was nothing to sum (lse = −∞), so that exp(logit − shift) is 0 and not NaN."""
     return tl.where(lse == float("-inf"), float("inf"), lse)

@@ -32,15 +32,20 @@ ROWS = 128  # of one program that does nothing but arithmetic on rows
 ELEMENTS = 2048  # of one program that reads embeddings
 
 
-class Units(NamedTuple):
-    """Packed unit vectors of G problems of one shape."""
+class Side(NamedTuple):
+    """The rows, or the columns, of G problems of one shape."""
 
-    x: Tensor  # [G, M padded, D padded]
-    y: Tensor  # [G, N padded, D padded]
-    positive: Tensor  # [G, M] float32
-    M: int
-    N: int
-    D: int
+    units: Tensor  # [G, padded, D padded], packed
+    length: int  # of a problem, without padding
+    ids: Tensor | None  # [G, length]
+
+
+class Units(NamedTuple):
+    """Both sides, and the positives' logits if there are any."""
+
+    x: Side
+    y: Side
+    positive: Tensor | None  # [G, M] float32
 
 
 def same_shapes(problems: Problems) -> list[Problems]:
@@ -70,10 +75,12 @@ def pack(problems: Problems) -> Units:
     depth = tiles.padded_dimensions(D)
     x_units = x.new_empty(G, _padded(M), depth)
     y_units = x.new_empty(G, _padded(N), depth)
-    positive = _float32(x, G, M)
+    positive = _float32(x, G, M) if problems.function == "info_nce" else None
+    x_ids, y_ids = problems.mask.ids or (None, None)
     block_d = triton.next_power_of_2(depth)
     rows = max(1, ELEMENTS // block_d)
-    pack_kernel[(G * triton.cdiv(y_units.shape[1], rows),)](
+    longer = max(x_units.shape[1], y_units.shape[1])
+    pack_kernel[(G * triton.cdiv(longer, rows),)](
         problems.x,
         problems.y,
         strides(problems.x),
@@ -94,7 +101,7 @@ def pack(problems: Problems) -> Units:
         ROWS=rows,
         BLOCK_D=block_d,
     )
-    return Units(x_units, y_units, positive, M, N, D)
+    return Units(Side(x_units, M, x_ids), Side(y_units, N, y_ids), positive)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
@@ -116,35 +123,49 @@ def _padded(rows: int) -> int:
     return triton.cdiv(rows, block) * block
 
 
+def _sums_diagonal(problems: Problems) -> bool:
+    """Whether j = i is among the columns that row i sums over."""
+    return problems.mask.diagonal and problems.function != "info_nce"
+
+
 def _sums(
-    problems: Problems, own: Tensor, other: Tensor, own_count: int, other_count: int, columns: bool
+    problems: Problems, own: Side, other: Side, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch `logsumexp_kernel`: highest, total [splits, G, padded], diagonal, and column totals."""
-    G, own_padded, depth = own.shape
-    other_padded = other.shape[1]
-    shift = fixed_shift(problems, other_count)
-    tile = tiles.fitted(tiles.forward_tiles(depth, own.dtype), own_count, other_count)
-    blocks = triton.cdiv(own_count, tile.own)
-    splits = tiles.splits(blocks * G, triton.cdiv(other_count, tile.other), own.device)
-    highest, total = _float32(own, 2, splits, G, own_padded)
-    diagonal = _float32(own, G, own_padded)
-    column_total = _float32(own, blocks, G, other_padded) if columns else total
+    units = own.units
+    G, own_padded, depth = units.shape
+    other_padded = other.units.shape[1]
+    shift = fixed_shift(problems, other.length)
+    tile = tiles.fitted(
+        tiles.forward_tiles(depth, units.dtype, own.ids is not None), own.length, other.length
+    )
+    blocks = triton.cdiv(own.length, tile.own)
+    splits = tiles.splits(blocks * G, triton.cdiv(other.length, tile.other), units.device)
+    highest, total = _float32(units, 2, splits, G, own_padded)
+    diagonal = _float32(units, G, own_padded)
+    column_total = _float32(units, blocks, G, other_padded) if columns else total
     logsumexp_kernel[(blocks * splits * G,)](
-        own,
-        other,
+        units,
+        other.units,
+        own.ids,
+        other.ids,
+        problems.bias,
         highest,
         total,
         diagonal,
         column_total,
         problems.temperature,
         0.0 if shift is None else shift * LOG2_E.value,
-        own_count,
-        other_count,
+        own.length,
+        other.length,
         blocks,
         splits,
         G,
         own_padded,
         other_padded,
+        FUNCTION=problems.function,
+        DIAGONAL=_sums_diagonal(problems),
+        SAME=problems.mask.same,
         LEARNED=isinstance(problems.temperature, Tensor),
         RUNNING=shift is None,
         COLUMNS=columns,
@@ -161,28 +182,25 @@ def _sums(
 
 def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
     """Fill in the terms of pairs of one shape; parts of their weighted sum."""
-    shift = fixed_shift(problems, units.N)
+    x, y, positive = units
+    shift = fixed_shift(problems, y.length)
     running = shift is None
-    few = triton.cdiv(units.M, ROWS) <= ONE_PASS
+    few = triton.cdiv(x.length, ROWS) <= ONE_PASS
     one_pass = problems.symmetric and not running and few
-    highest, total, diagonal, column_total = _sums(
-        problems, units.x, units.y, units.M, units.N, one_pass
-    )
+    highest, total, diagonal, column_total = _sums(problems, x, y, one_pass)
     column_highest = highest
     if problems.symmetric and not one_pass:
-        column_highest, column_total, _, _ = _sums(
-            problems, units.y, units.x, units.N, units.M, False
-        )
-    G = units.x.shape[0]
-    programs = G * triton.cdiv(units.M, ROWS)
-    weighted = _float32(units.x, programs)
+        column_highest, column_total, _, _ = _sums(problems, y, x, False)
+    G = x.units.shape[0]
+    programs = G * triton.cdiv(x.length, ROWS)
+    weighted = _float32(x.units, programs)
     terms_kernel[(programs,)](
         highest,
         total,
         diagonal,
         column_highest,
         column_total,
-        units.positive,
+        positive,
         problems.weights,
         _firsts(problems),
         problems.temperature,
@@ -192,12 +210,13 @@ def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
         terms.lse[0],
         terms.lse[-1],
         weighted,
-        units.M,
+        x.length,
         total.shape[0],
         column_total.shape[0],
         G,
-        units.x.shape[1],
-        units.y.shape[1],
+        x.units.shape[1],
+        y.units.shape[1],
+        FUNCTION=problems.function,
         LEARNED=isinstance(problems.temperature, Tensor),
         RUNNING=running,
         SYMMETRIC=problems.symmetric,
@@ -206,43 +225,52 @@ def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
     return weighted
 
 
-def _negatives(
+def _sums_gradient(
     problems: Problems,
-    own: Tensor,
-    other: Tensor,
-    own_count: int,
-    other_count: int,
+    own: Side,
+    other: Side,
     own_term: tuple[Tensor, Tensor] | None,
     other_term: tuple[Tensor, Tensor] | None,
     largest: Tensor,
-) -> Tensor:
-    """Launch `gradient_kernel`: the negatives' part of the gradient, [splits, G, padded, D padded].
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `gradient_kernel`: the sums' gradient by `own` [splits, G, padded, D padded], and by a row's bias.
 
     A term is the share and the shift of its vectors, [G, padded] each.
     """
-    G, own_padded, depth = own.shape
-    tile = tiles.fitted(tiles.gradient_tiles(depth, own.dtype), own_count, other_count)
-    blocks = triton.cdiv(own_count, tile.own)
+    units = own.units
+    G, own_padded, depth = units.shape
+    tile = tiles.fitted(
+        tiles.gradient_tiles(depth, units.dtype, own.ids is not None), own.length, other.length
+    )
+    blocks = triton.cdiv(own.length, tile.own)
     parts = depth // tile.width
-    splits = tiles.splits(blocks * parts * G, triton.cdiv(other_count, tile.other), own.device)
-    gradient = _float32(own, splits, G, own_padded, depth)
+    splits = tiles.splits(blocks * parts * G, triton.cdiv(other.length, tile.other), units.device)
+    gradient = _float32(units, splits, G, own_padded, depth)
+    of_rows = problems.bias is not None and own_term is not None
+    bias_gradient = _float32(units, splits, G, own_padded) if of_rows else None
     unused = (largest, largest)
     gradient_kernel[(blocks * parts * splits * G,)](
-        own,
-        other,
+        units,
+        other.units,
         *(own_term or unused),
         *(other_term or unused),
         largest,
+        own.ids,
+        other.ids,
         gradient,
+        bias_gradient,
         problems.temperature,
-        own_count,
-        other_count,
+        own.length,
+        other.length,
         blocks,
         splits,
         largest.shape[1],
         G,
         own_padded,
-        other.shape[1],
+        other.units.shape[1],
+        FUNCTION=problems.function,
+        DIAGONAL=_sums_diagonal(problems),
+        SAME=problems.mask.same,
         OWN_TERM=own_term is not None,
         OTHER_TERM=other_term is not None,
         LEARNED=isinstance(problems.temperature, Tensor),
@@ -255,7 +283,7 @@ def _negatives(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return gradient
+    return gradient, bias_gradient
 
 
 def _gradients(
@@ -265,39 +293,43 @@ def _gradients(
     upstream: Tensor | None,
     dx: tuple[Tensor, ...],
     dy: tuple[Tensor, ...],
+    d_bias: Tensor | None,
 ) -> Tensor:
     """Fill in the gradients of pairs of one shape; parts of the temperature's."""
-    x, y, positive, M, N, D = units
-    G, padded, depth = x.shape
-    weight, share, shift = _float32(x, 3, 1 + problems.symmetric, G, padded)
-    largest = _float32(x, G, triton.cdiv(padded, ROWS))
+    x, y, positive = units
+    G, padded, depth = x.units.shape
+    per_row = (1 + problems.symmetric, G, padded)
+    share, shift = _float32(x.units, 2, *per_row)
+    weight = None if positive is None else _float32(x.units, *per_row)
+    largest = _float32(x.units, G, triton.cdiv(padded, ROWS))
     weights_kernel[(largest.numel(),)](
         positive,
         lse[0],
         lse[-1],
+        problems.bias,
         problems.weights,
         _firsts(problems),
-        positive if upstream is None else upstream,
+        upstream,
         weight,
         share,
         shift,
         largest,
-        M,
+        x.length,
         G,
         padded,
-        PER_ROW=upstream is not None,
+        FUNCTION=problems.function,
         SYMMETRIC=problems.symmetric,
         ROWS=ROWS,
     )
     of_rows = share[0], shift[0]
     of_columns = (share[1], shift[1]) if problems.symmetric else None
-    dx_units = _negatives(problems, x, y, M, N, of_rows, of_columns, largest)
-    dy_units = _negatives(problems, y, x, N, M, of_columns, of_rows, largest)
+    dx_units, bias_gradient = _sums_gradient(problems, x, y, of_rows, of_columns, largest)
+    dy_units, _ = _sums_gradient(problems, y, x, of_columns, of_rows, largest)
 
     block_d = triton.next_power_of_2(depth)
     rows = max(1, ELEMENTS // block_d)
-    programs = G * triton.cdiv(N, rows)
-    d_temperature = _float32(x, programs)
+    programs = G * triton.cdiv(max(x.length, y.length), rows)
+    d_temperature = _float32(x.units, programs)
     unpack_kernel[(programs,)](
         problems.x,
         problems.y,
@@ -310,14 +342,16 @@ def _gradients(
         _firsts(problems),
         dx_units,
         dy_units,
+        bias_gradient,
         weight,
         d_temperature,
+        d_bias,
         problems.temperature,
-        M,
-        N,
-        D,
+        x.length,
+        y.length,
+        problems.x[0].shape[2],
         padded,
-        y.shape[1],
+        y.units.shape[1],
         depth,
         G,
         dx_units.shape[0],
@@ -337,8 +371,9 @@ def contrast(
     upstream: Tensor | None,
     dx: tuple[Tensor, ...] | None,
     dy: tuple[Tensor, ...] | None,
+    d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill in the terms; with dx and dy the gradients of their total.
+    """Fill in the terms; with dx and dy, and d_bias if there is a bias, the gradients of their total.
 
     With `upstream`, the gradients of Σ upstream · terms, whose lse is given. Returns the total and the
     temperature's gradient, or 0 for what was not asked for.
@@ -348,15 +383,18 @@ def contrast(
     pair, start = 0, 0
     for run in same_shapes(problems):
         pairs = slice(pair, pair + len(run.x))
+        rows = slice(start, start + sum(x.shape[0] * x.shape[1] for x in run.x))
+        bias_here, upstream_here, d_bias_here = (
+            None if t is None else t[rows] for t in (problems.bias, upstream, d_bias)
+        )
+        run = run._replace(bias=bias_here)
         units = pack(run)
-        rows = slice(start, start + units.positive.numel())
         here = Rows(terms.loss[rows], terms.hits[rows], terms.lse[:, rows])
         if upstream is None:
             totals.append(_terms(run, units, here))
         if dx is not None and dy is not None:
-            upstream_here = None if upstream is None else upstream[rows]
             d_temperatures.append(
-                _gradients(run, units, here.lse, upstream_here, dx[pairs], dy[pairs])
+                _gradients(run, units, here.lse, upstream_here, dx[pairs], dy[pairs], d_bias_here)
             )
         pair, start = pairs.stop, rows.stop
     return torch.cat(totals).sum(), torch.cat(d_temperatures).sum()

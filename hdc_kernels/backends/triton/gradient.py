@@ -3,14 +3,17 @@
 
 """Gradients by the unit vectors, row-owned for x and column-owned for y: 4 products, no atomics.
 
-With P_ij = exp(S_ij − lse_i) off the diagonal and the row weight w_i = upstream_i · p_i, where p_i is
-the share of the negatives in row i's softmax, the negatives' part of the gradient is
+For "info_nce", with P_ij = exp(S_ij − lse_i) off the diagonal and the row weight w_i = upstream_i · p_i,
+where p_i is the share of the negatives in row i's softmax, the negatives' part of the gradient is
 
     x: Σ_j w_i P_ij ŷ_j          y: Σ_i w_i P_ij x̂_i          times 1/τ,
 
 and the positive's is −w_i ŷ_i and −w_i x̂_i, which no product sees: `unpack` adds it in float32. Once
 training has converged the two nearly cancel, and a rounding of either would be all that is left. The
 symmetric loss adds the columns' v_j Q_ij with Q_ij = exp(S_ij − lse of column j).
+
+The other functions have no positives, and w_i = upstream_i. P is the same for "logsumexp", over the columns
+that its mask lets through; for "softplus" it is σ(S_ij + bias_i), whose row sums the bias needs.
 
 Both directions are one kernel. A program owns OWN vectors, recomputes S against blocks of OTHER vectors
 and multiplies the coefficients with the same block: no other program adds to its result, which is
@@ -42,26 +45,28 @@ from hdc_kernels.backends.triton.arithmetic import (
     inverse_temperature,
     narrow,
     sigmoid,
+    sigmoid2,
 )
-from hdc_kernels.backends.triton.logsumexp import similarity
+from hdc_kernels.backends.triton.logsumexp import by_ids, similarity, within
 
 
 @triton.jit
 def weights_kernel(
-    positive,  # [G, M]
-    lse,  # [G, M] float64
+    positive,  # [G, M], or None without positives
+    lse,  # [G, M] float64; not read for "softplus"
     column_lse,
+    bias,  # [G, M], or None but for "softplus"
     weights,  # K numbers
     firsts,  # K first problems
-    upstream,  # [G, M], with PER_ROW
-    weight,  # [1 or 2, G, PADDED]: w, and v below; 0 in padding
+    upstream,  # [G, M], or None for the weights
+    weight,  # [1 or 2, G, PADDED]: w, and v below; 0 in padding; None without positives
     share,  # [1 or 2, G, PADDED]: what the exponentials after `shift` are multiplied with
-    shift,  # [1 or 2, G, PADDED]: log2 of the sums; +∞ in padding, where every exponential is then 0
+    shift,  # [1 or 2, G, PADDED]: log2 of the sums, or −bias; +∞ in padding, whose exponentials are then 0
     largest,  # [G, blocks]: the largest weight of every block
     M,
     G,
     PADDED,
-    PER_ROW: tl.constexpr,
+    FUNCTION: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -70,26 +75,45 @@ def weights_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     mask = row < M
     flat, padded = problem * M + row, problem * PADDED + row
-    if PER_ROW:
+    if upstream is not None:
         u = tl.load(upstream + flat, mask, 0.0)
     else:
         u = tl.where(mask, of_pair(weights, firsts, problem), 0.0)
     if SYMMETRIC:
         u *= 0.5
-    s = tl.load(positive + flat, mask, 0.0)
-    row_lse = tl.load(lse + flat, mask, float("-inf"))
-    w = u * sigmoid((row_lse - s).to(tl.float32))
-    top = tl.max(tl.abs(w), 0)
-    tl.store(weight + padded, w, row < PADDED)
-    _store_share(share + padded, shift + padded, w, row_lse, row < PADDED)
+    s = 0.0
+    if FUNCTION == "info_nce":
+        s = tl.load(positive + flat, mask, 0.0)
+    if FUNCTION == "softplus":
+        top = tl.max(tl.abs(u), 0)
+        tl.store(share + padded, u, row < PADDED)
+        biases = tl.load(bias + flat, mask, float("-inf"))
+        tl.store(shift + padded, biases * -LOG2_E, row < PADDED)
+    else:
+        row_lse = tl.load(lse + flat, mask, float("-inf"))
+        w = _by_lse(u, row_lse, s, FUNCTION)
+        top = tl.max(tl.abs(w), 0)
+        if FUNCTION == "info_nce":
+            tl.store(weight + padded, w, row < PADDED)
+        _store_share(share + padded, shift + padded, w, row_lse, row < PADDED)
     if SYMMETRIC:
         down = tl.load(column_lse + flat, mask, float("-inf"))
-        v = u * sigmoid((down - s).to(tl.float32))
+        v = _by_lse(u, down, s, FUNCTION)
         top = tl.maximum(top, tl.max(tl.abs(v), 0))
         padded += tl.cast(G, tl.int64) * PADDED
-        tl.store(weight + padded, v, row < PADDED)
+        if FUNCTION == "info_nce":
+            tl.store(weight + padded, v, row < PADDED)
         _store_share(share + padded, shift + padded, v, down, row < PADDED)
     tl.store(largest + tl.program_id(0), top)
+
+
+@triton.jit
+def _by_lse(u, lse, positive, FUNCTION: tl.constexpr):
+    """Gradient by the logsumexp of a row or column, of its term times u."""
+    if FUNCTION == "info_nce":
+        return u * sigmoid((lse - positive).to(tl.float32))
+    else:  # noqa: RET505 - Triton compiles whatever follows an if
+        return tl.where(lse == float("-inf"), 0.0, u)
 
 
 @triton.jit
@@ -111,7 +135,10 @@ def gradient_kernel(
     other_weight,  # [G, OTHER_PADDED], with OTHER_TERM
     other_shift,
     largest,  # [G, weight_blocks]
+    own_ids,  # [G, own_count] and
+    other_ids,  # [G, other_count], or None
     gradient,  # [splits, G, OWN_PADDED, D] float32
+    bias_gradient,  # [splits, G, OWN_PADDED], or None but for the rows of "softplus"
     temperature,
     own_count,
     other_count,
@@ -121,6 +148,9 @@ def gradient_kernel(
     G,
     OWN_PADDED,
     OTHER_PADDED,
+    FUNCTION: tl.constexpr,
+    DIAGONAL: tl.constexpr,  # whether it was summed
+    SAME: tl.constexpr,  # whether it was equal ids that were summed
     OWN_TERM: tl.constexpr,
     OTHER_TERM: tl.constexpr,
     LEARNED: tl.constexpr,
@@ -161,16 +191,26 @@ def gradient_kernel(
     other_weight += problem * OTHER_PADDED
     other_shift += problem * OTHER_PADDED
 
+    if own_ids is not None:
+        own_id = tl.load(own_ids + problem * own_count + row, row < own_count, 0)
+        other_ids += problem * other_count
+
     total = tl.zeros((OWN, WIDTH), tl.float32)
+    if bias_gradient is not None:
+        slope = tl.zeros((OWN,), tl.float32)
     other_blocks = tl.cdiv(other_count, OTHER)
     begin, end = split * other_blocks // splits, (split + 1) * other_blocks // splits
     first, last, full = row0 // OTHER, tl.cdiv(row0 + OWN, OTHER), other_count // OTHER
+    if DIAGONAL:
+        first, last = 0, 0  # no block is one of the diagonal
     count, before, resume = plain_blocks(first, last, begin, end, full)
     for t in range(count):
         column0 = plain_block(t, begin, before, resume).to(tl.int64) * OTHER
         other_rows = other + column0 * D + other_elements
         cosine, theirs = similarity(mine, own_rows, other_rows, DEPTH, CHUNKS, PRECISION)
         column = column0 + tl.arange(0, OTHER)
+        if own_ids is not None:
+            cosine = by_ids(cosine, own_id, other_ids, column, other_count, SAME)
         share = _coefficients(
             cosine,
             k,
@@ -179,9 +219,12 @@ def gradient_kernel(
             other_shift + column,
             other_weight + column,
             GAIN / unit_weight,
+            FUNCTION,
             OWN_TERM,
             OTHER_TERM,
         )
+        if bias_gradient is not None:
+            slope += tl.sum(share, 1)
         if CHUNKS > 1:
             theirs = tl.load(other + column0 * D + wide_elements)
         total = add_product(total, narrow(share, dtype), theirs, PRECISION)
@@ -191,8 +234,9 @@ def gradient_kernel(
         other_rows = other + column0 * D + other_elements
         cosine, theirs = similarity(mine, own_rows, other_rows, DEPTH, CHUNKS, PRECISION)
         column = column0 + tl.arange(0, OTHER)
-        positive = row[:, None] == column[None, :]
-        cosine = tl.where(positive | (column >= other_count)[None, :], float("-inf"), cosine)
+        cosine = within(cosine, row, column, other_count, DIAGONAL)
+        if own_ids is not None:
+            cosine = by_ids(cosine, own_id, other_ids, column, other_count, SAME)
         share = _coefficients(
             cosine,
             k,
@@ -201,9 +245,12 @@ def gradient_kernel(
             other_shift + column,
             other_weight + column,
             GAIN / unit_weight,
+            FUNCTION,
             OWN_TERM,
             OTHER_TERM,
         )
+        if bias_gradient is not None:
+            slope += tl.sum(share, 1)
         if CHUNKS > 1:
             theirs = tl.load(other + column0 * D + wide_elements)
         total = add_product(total, narrow(share, dtype), theirs, PRECISION)
@@ -211,7 +258,11 @@ def gradient_kernel(
     if OTHER_TERM:
         total *= unit_weight / GAIN
     else:
-        total *= (tl.load(own_weight + problem * OWN_PADDED + row) / GAIN)[:, None]
+        factor = tl.load(own_weight + problem * OWN_PADDED + row) / GAIN
+        total *= factor[:, None]
+        if bias_gradient is not None:
+            parts = bias_gradient + (split * G + problem) * OWN_PADDED + row
+            tl.store(parts, slope * factor, part == 0)  # every part of the width has the same
     start_row = ((split * G + problem) * OWN_PADDED + row0) * D + part * WIDTH
     elements = tl.arange(0, OWN)[:, None] * D + tl.arange(0, WIDTH)[None, :]
     tl.store(gradient + start_row + elements, total)
@@ -226,17 +277,27 @@ def _coefficients(
     other_shift,  # pointers to [OTHER]
     other_weight,
     factor,
+    FUNCTION: tl.constexpr,
     OWN_TERM: tl.constexpr,
     OTHER_TERM: tl.constexpr,
 ):
     """What the other vectors are summed with, [OWN, OTHER]."""
     if OWN_TERM:
-        share = tl.exp2(cosine * k - row_shift[:, None]) * own_factor[:, None]
+        share = _slope(cosine * k - row_shift[:, None], FUNCTION) * own_factor[:, None]
     if OTHER_TERM:
         weight = tl.load(other_weight) * factor
-        theirs = tl.exp2(cosine * k - tl.load(other_shift)[None, :]) * weight[None, :]
+        theirs = _slope(cosine * k - tl.load(other_shift)[None, :], FUNCTION) * weight[None, :]
         if OWN_TERM:
             share += theirs
         else:
             share = theirs
     return share
+
+
+@triton.jit
+def _slope(exponent, FUNCTION: tl.constexpr):
+    """Gradient of a row's term by its logits, which are `exponent` in base 2."""
+    if FUNCTION == "softplus":
+        return sigmoid2(exponent)
+    else:  # noqa: RET505
+        return tl.exp2(exponent)

@@ -4,12 +4,14 @@
 """Row sums of exponentials without the matrix of logits: one product and one exponential a logit.
 
 `logsumexp_kernel`: a program owns OWN rows, keeps their unit vectors on the chip, and walks over blocks
-of OTHER columns: S in registers, its exponentials summed, S forgotten. Neither the diagonal nor padding
-is summed; only the blocks where they are pay for a mask. Cosines are bounded, so for a temperature that
-is a number a shift fixed beforehand serves every row *and column* (`shift` below), and the sums down
-the columns, which the symmetric loss needs, come out of the same pass: one partial sum a program and
-column, and no atomics. Without such a shift (a temperature in device memory, one below 0.0122, or
-embeddings that are not normalised) a running maximum is kept, and the columns take a pass of their own.
+of OTHER columns: S in registers, its exponentials summed, S forgotten. Padding is not summed, nor the
+diagonal where it does not count; only the blocks where they are pay for a mask. Ids, if there are any,
+are compared in every block. Cosines are bounded, so for a temperature that is a number a shift fixed
+beforehand serves every row *and column* (`shift` below), and the sums down the columns, which the
+symmetric loss needs, come out of the same pass: one partial sum a program and column, and no atomics.
+Without such a shift (a temperature in device memory, one below 0.0122, or embeddings that are not
+normalised) a running maximum is kept, and the columns take a pass of their own. For "softplus" it is
+log(1 + exp(S + bias)) that is summed, which needs no shift.
 
 `terms_kernel`: the partial sums become logsumexps, loss terms and hits.
 
@@ -44,6 +46,7 @@ from hdc_kernels.backends.triton.arithmetic import (
     add_product,
     inverse_temperature,
     softplus,
+    softplus2,
 )
 
 ONE_PASS = 512  # blocks of rows whose column sums are kept apart
@@ -54,8 +57,10 @@ def fixed_shift(problems: Problems, columns: int) -> float | None:
     """c such that Σ exp(logit − c) over `columns` neither overflows nor vanishes; None if none is known.
 
     Logits lie within ±1/τ. At c = 1/τ, the largest of them, a row of random negatives would underflow
-    at τ = 0.01; so c is as small as the sum's overflow allows.
+    at τ = 0.01; so c is as small as the sum's overflow allows. "softplus" sums what cannot overflow.
     """
+    if problems.function == "softplus":
+        return 0.0
     if not isinstance(problems.temperature, float) or not problems.normalize:
         return None
     scale = 1.01 / problems.temperature  # rounded to 8 bits, a unit vector is up to 0.4 % longer
@@ -86,6 +91,28 @@ def similarity(
 
 
 @triton.jit
+def within(cosine, row, column, count, DIAGONAL: tl.constexpr):
+    """Cosines [OWN, OTHER], −∞ where the `count` columns have ended and, without DIAGONAL, on it."""
+    if DIAGONAL:
+        out = (column >= count)[None, :]
+    else:
+        out = (row[:, None] == column[None, :]) | (column >= count)[None, :]
+    return tl.where(out, float("-inf"), cosine)
+
+
+@triton.jit
+def by_ids(cosine, own_id, other_ids, column, count, SAME: tl.constexpr):
+    """Cosines [OWN, OTHER], −∞ where the ids of row and column are equal, or with SAME where they differ."""
+    other_id = tl.load(other_ids + column, column < count, 0)
+    equal = own_id[:, None] == other_id[None, :]
+    if SAME:
+        cosine = tl.where(equal, cosine, float("-inf"))
+    else:
+        cosine = tl.where(equal, float("-inf"), cosine)
+    return cosine
+
+
+@triton.jit
 def _add_block(
     top,
     sums,
@@ -93,13 +120,16 @@ def _add_block(
     k,
     row_shift,
     column_total,  # pointers to [OTHER]
+    FUNCTION: tl.constexpr,
     RUNNING: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The rows' maxima and sums with a block more; its columns' sums are complete and stored."""
-    if RUNNING:
+    if FUNCTION == "softplus":
+        return top, sums + tl.sum(softplus2(cosine * k - row_shift[:, None]), 1)
+    elif RUNNING:  # noqa: RET505 - Triton compiles whatever follows an if
         return add_exponentials(top, sums, cosine, k)
-    else:  # noqa: RET505 - Triton compiles whatever follows an if
+    else:
         exponential = tl.exp2(cosine * k - row_shift[:, None])
         if COLUMNS:
             tl.store(column_total, tl.sum(exponential, 0))
@@ -110,9 +140,12 @@ def _add_block(
 def logsumexp_kernel(
     own,  # [G, OWN_PADDED, D] unit vectors
     other,  # [G, OTHER_PADDED, D]
-    highest,  # [splits, G, OWN_PADDED]: the largest cosine off the diagonal
+    own_ids,  # [G, own_count] and
+    other_ids,  # [G, other_count], or None
+    bias,  # [G, own_count], or None but for "softplus"
+    highest,  # [splits, G, OWN_PADDED]: the largest cosine that is summed; not for "softplus"
     total,  # [splits, G, OWN_PADDED]: Σ exp(logit − shift), or with RUNNING Σ exp(logit − largest)
-    diagonal,  # [G, OWN_PADDED]: the cosine on the diagonal, of the same product
+    diagonal,  # [G, OWN_PADDED]: the cosine on the diagonal, of the same product; for "info_nce" only
     column_total,  # [blocks of rows, G, OTHER_PADDED], with COLUMNS
     temperature,
     shift,  # in base 2; not read if RUNNING
@@ -123,6 +156,9 @@ def logsumexp_kernel(
     G,
     OWN_PADDED,
     OTHER_PADDED,
+    FUNCTION: tl.constexpr,
+    DIAGONAL: tl.constexpr,  # whether it is summed
+    SAME: tl.constexpr,  # whether it is equal ids that are summed
     LEARNED: tl.constexpr,
     RUNNING: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -150,37 +186,52 @@ def logsumexp_kernel(
     top = tl.full((OWN,), float("-inf"), tl.float32)
     sums = tl.zeros((OWN,), tl.float32)
     own_cosine = tl.zeros((OWN,), tl.float32)
-    # An infinite shift takes padded rows out of the column sums.
-    row_shift = tl.where(row < own_count, shift, float("inf"))
+    if FUNCTION == "softplus":
+        biases = tl.load(bias + problem * own_count + row, row < own_count, float("-inf"))
+        row_shift = biases * -LOG2_E
+    else:
+        # An infinite shift takes padded rows out of the column sums.
+        row_shift = tl.where(row < own_count, shift, float("inf"))
+    if own_ids is not None:
+        own_id = tl.load(own_ids + problem * own_count + row, row < own_count, 0)
+        other_ids += problem * other_count
 
     other_blocks = tl.cdiv(other_count, OTHER)
     begin, end = split * other_blocks // splits, (split + 1) * other_blocks // splits
     first, last, full = row0 // OTHER, tl.cdiv(row0 + OWN, OTHER), other_count // OTHER
+    if DIAGONAL:
+        first, last = 0, 0  # no block is one of the diagonal
     count, before, resume = plain_blocks(first, last, begin, end, full)
     for t in range(count):
         column0 = plain_block(t, begin, before, resume).to(tl.int64) * OTHER
         cosine, _ = similarity(mine, own_rows, other_rows + column0 * D, DEPTH, CHUNKS, PRECISION)
         column = column0 + tl.arange(0, OTHER)
+        if own_ids is not None:
+            cosine = by_ids(cosine, own_id, other_ids, column, other_count, SAME)
         top, sums = _add_block(
-            top, sums, cosine, k, row_shift, column_total + column, RUNNING, COLUMNS
+            top, sums, cosine, k, row_shift, column_total + column, FUNCTION, RUNNING, COLUMNS
         )
     count, on_diagonal, start = masked_blocks(first, last, begin, end, full, other_blocks)
     for t in range(count):
         column0 = masked_block(t, on_diagonal, start, full).to(tl.int64) * OTHER
         column = column0 + tl.arange(0, OTHER)
         cosine, _ = similarity(mine, own_rows, other_rows + column0 * D, DEPTH, CHUNKS, PRECISION)
-        same = row[:, None] == column[None, :]
-        own_cosine += tl.sum(tl.where(same, cosine, 0.0), 1)
-        cosine = tl.where(same | (column >= other_count)[None, :], float("-inf"), cosine)
+        if FUNCTION == "info_nce":
+            positive = row[:, None] == column[None, :]
+            own_cosine += tl.sum(tl.where(positive, cosine, 0.0), 1)
+        cosine = within(cosine, row, column, other_count, DIAGONAL)
+        if own_ids is not None:
+            cosine = by_ids(cosine, own_id, other_ids, column, other_count, SAME)
         top, sums = _add_block(
-            top, sums, cosine, k, row_shift, column_total + column, RUNNING, COLUMNS
+            top, sums, cosine, k, row_shift, column_total + column, FUNCTION, RUNNING, COLUMNS
         )
 
     part = (split * G + problem) * OWN_PADDED + row
     tl.store(highest + part, top)
     tl.store(total + part, sums)
-    mask = (row // OTHER >= begin) & (row // OTHER < end)  # one of the splits has a row's diagonal
-    tl.store(diagonal + problem * OWN_PADDED + row, own_cosine, mask)
+    if FUNCTION == "info_nce":
+        mask = (row // OTHER >= begin) & (row // OTHER < end)  # one split has a row's diagonal
+        tl.store(diagonal + problem * OWN_PADDED + row, own_cosine, mask)
 
 
 @triton.jit
@@ -207,7 +258,7 @@ def _merge(highest, total, parts, stride, mask, k, shift, RUNNING: tl.constexpr)
 
 
 @triton.jit
-def _column_sum(total, parts, stride, offset, mask):
+def _sum_of_parts(total, parts, stride, offset, mask):
     """Sums [R] of `parts` partial sums, sixteen at a time."""
     sums = tl.zeros(mask.shape, tl.float32)
     for first in range(0, parts, 16):
@@ -219,20 +270,29 @@ def _column_sum(total, parts, stride, offset, mask):
 
 
 @triton.jit
+def _term(lse, positive, FUNCTION: tl.constexpr):
+    """What the logsumexp of a row or column becomes."""
+    if FUNCTION == "info_nce":
+        return softplus((lse - positive).to(tl.float32))
+    else:  # noqa: RET505
+        return lse.to(tl.float32)
+
+
+@triton.jit
 def terms_kernel(
     highest,  # [splits, G, PADDED]
     total,
     diagonal,  # [G, PADDED]
     column_highest,  # [column_parts, G, PADDED], with RUNNING
     column_total,
-    positive,  # [G, M]
+    positive,  # [G, M], or None without positives
     weights,  # K numbers
     firsts,  # K first problems
     temperature,
     shift,
     loss,  # [G, M]
     hits,
-    lse,  # float64
+    lse,  # float64; not written for "softplus"
     column_lse,
     weighted,  # [programs]: parts of Σ weight · loss
     M,
@@ -241,6 +301,7 @@ def terms_kernel(
     G,
     PADDED,
     COLUMN_PADDED,
+    FUNCTION: tl.constexpr,
     LEARNED: tl.constexpr,
     RUNNING: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -253,11 +314,19 @@ def terms_kernel(
     k = inverse_temperature(temperature, LEARNED) * LOG2_E
     padded = problem * PADDED + row
     stride = tl.cast(G, tl.int64) * PADDED
-    row_lse, top = _merge(highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING)
-    row_lse *= LN_2
+    if FUNCTION == "softplus":
+        term = _sum_of_parts(total, splits, stride, padded, mask)
+    else:
+        row_lse, top = _merge(
+            highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING
+        )
+        row_lse *= LN_2
     flat = problem * M + row
-    s = tl.load(positive + flat, mask, 0.0)
-    term = softplus((row_lse - s).to(tl.float32))
+    s = 0.0
+    if FUNCTION == "info_nce":
+        s = tl.load(positive + flat, mask, 0.0)
+    if FUNCTION != "softplus":
+        term = _term(row_lse, s, FUNCTION)
     if SYMMETRIC:
         offset = problem * COLUMN_PADDED + row
         stride = tl.cast(G, tl.int64) * COLUMN_PADDED
@@ -273,14 +342,17 @@ def terms_kernel(
                 RUNNING,
             )
         else:
-            down = _column_sum(column_total, column_parts, stride, offset, mask)
+            down = _sum_of_parts(column_total, column_parts, stride, offset, mask)
             down = shift + tl.log2(down.to(tl.float64))
         down *= LN_2
-        term = (term + softplus((down - s).to(tl.float32))) / 2
+        term = (term + _term(down, s, FUNCTION)) / 2
         tl.store(column_lse + flat, down, mask)
     tl.store(loss + flat, term, mask)
-    tl.store(lse + flat, row_lse, mask)
-    hit = (tl.load(diagonal + padded, mask, 0.0) > top) & (term == term)
+    if FUNCTION != "softplus":
+        tl.store(lse + flat, row_lse, mask)
+    hit = tl.zeros((ROWS,), tl.int1)
+    if FUNCTION == "info_nce":
+        hit = (tl.load(diagonal + padded, mask, 0.0) > top) & (term == term)
     tl.store(hits + flat, hit, mask)
     weight = of_pair(weights, firsts, problem)
     tl.store(weighted + tl.program_id(0), weight * tl.sum(tl.where(mask, term, 0.0), 0))

@@ -266,10 +266,14 @@ def contrast(
 
 
 def fits(problems: Problems, capability: tuple[int, int]) -> bool:
-    """Whether one program can take the largest problem."""
-    return fits_one_program(
-        max(y.shape[1] for y in problems.y),
-        max(y.shape[2] for y in problems.y),
-        problems.x[0].dtype,
-        capability,
+    """Whether one program can take the largest problem; it knows no function but "info_nce", and no ids."""
+    return (
+        problems.function == "info_nce"
+        and problems.mask.ids is None
+        and fits_one_program(
+            max(y.shape[1] for y in problems.y),
+            max(y.shape[2] for y in problems.y),
+            problems.x[0].dtype,
+            capability,
+        )
     )

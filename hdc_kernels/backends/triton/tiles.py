@@ -31,26 +31,29 @@ def padded_dimensions(dimensions: int) -> int:
     return triton.cdiv(dimensions, ALL_AT_ONCE) * ALL_AT_ONCE
 
 
-def forward_tiles(depth: int, dtype: torch.dtype) -> Tiles:
-    """For `logsumexp_kernel` and unit vectors of `depth` padded dimensions."""
+def forward_tiles(depth: int, dtype: torch.dtype, ids: bool) -> Tiles:
+    """For `logsumexp_kernel` and unit vectors of `depth` padded dimensions.
+
+    Where there are `ids`, each takes two registers, and blocks are smaller.
+    """
     if dtype == torch.float32:
         return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2)
     if depth <= 128:
-        return Tiles(depth, own=128, other=128, warps=8, stages=3)
+        return Tiles(depth, own=128, other=32 if ids else 128, warps=8, stages=3)
     if depth <= ALL_AT_ONCE:
         return Tiles(depth, own=128, other=64, warps=8, stages=3)
-    return Tiles(64, own=128, other=128, warps=8, stages=3)
+    return Tiles(64, own=128, other=32 if ids else 128, warps=8, stages=3)
 
 
-def gradient_tiles(depth: int, dtype: torch.dtype) -> Tiles:
+def gradient_tiles(depth: int, dtype: torch.dtype, ids: bool) -> Tiles:
     """For `gradient_kernel`."""
     width = min(depth, ALL_AT_ONCE)
     if dtype == torch.float32:
         return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2, width=width)
     if depth <= 128:
-        return Tiles(depth, own=128, other=64, warps=8, stages=3, width=width)
+        return Tiles(depth, own=128, other=32 if ids else 64, warps=8, stages=3, width=width)
     if depth <= ALL_AT_ONCE:
-        return Tiles(depth, own=128, other=32, warps=8, stages=2, width=width)
+        return Tiles(depth, own=64 if ids else 128, other=32, warps=8, stages=2, width=width)
     return Tiles(64, own=128, other=32, warps=8, stages=2, width=width)
 
 
