@@ -45,6 +45,7 @@ namespace HDC_ISA {
 
 constexpr double ZERO_NORM = 1e-12;  // as in hdc_kernels/reference.py
 constexpr double LOG2E = 1.4426950408889634;
+constexpr long double LOG2E_FULL = 1.442695040888963407359924681L, LN2 = 0.693147180559945309417232121L;
 constexpr int64_t PANEL_ROWS = 256;
 constexpr int64_t PANEL_BYTES = 64 << 20;  // above this, panels get fewer rows
 constexpr int64_t BLOCK = 128;
@@ -502,7 +503,10 @@ class Contrast {
             Vector<T> sum = load(own.row_sum + i * V), slopes = load(own.row_slope + i * V);
             for (int64_t j = 0; j < width; j += V) {
                 const Vector<T> z = load(row + j) * T(scale) + bias, zero{};
-                const Vector<T> e = exp2((z > zero ? -z : z) * T(LOG2E));
+                // The constant's own rounding would put all of a row off by |z| times as much. NaN is kept.
+                const Vector<T> least = broadcast(T(1.01) * Exp2<T>::lowest), falling = z > zero ? -z : z;
+                const Vector<T> a = maximum<T>(least, falling), rough = exp2(a * T(LOG2E));
+                const Vector<T> e = rough + rough * (a * T((LOG2E_FULL - (long double)(T(LOG2E))) * LN2));
                 const Vector<T> slope = weight * (z > zero ? broadcast(T(1)) : e) / (e + T(1));
                 sum += (z > zero ? z : zero) + log1p<T>(e);
                 slopes += slope;

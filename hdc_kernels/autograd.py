@@ -41,8 +41,9 @@ class Value(torch.autograd.Function):
         if not any(ctx.needs_input_grad[3 + call.pairs :]):
             call = call._replace(needs_y=False)
         shown, made = _evaluate(call, tau, bias, xy)
-        ctx.call, ctx.made = call, made
-        ctx.save_for_backward(tau, bias, *xy)
+        ctx.call, mask = call.without_tensors()
+        ctx.made = made
+        ctx.save_for_backward(*mask, tau, bias, *xy)
         ctx.mark_non_differentiable(*shown[1:])
         ctx.set_materialize_grads(False)
         return shown
@@ -51,16 +52,17 @@ class Value(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        tau, bias, *xy = ctx.saved_tensors
-        made = ctx.made or _evaluate(ctx.call, tau, bias, xy)[1]
+        *mask, tau, bias = ctx.saved_tensors[: MASK + 2]
+        xy = ctx.saved_tensors[MASK + 2 :]
+        call = ctx.call.with_tensors(*mask)
+        made = ctx.made or _evaluate(call, tau, bias, xy)[1]
         if torch.is_grad_enabled():
-            bare, mask = ctx.call.without_tensors()
-            return None, *Gradient.apply(bare, *mask, upstream, tau, bias, *xy, *made)
+            return None, *Gradient.apply(ctx.call, *mask, upstream, tau, bias, *xy, *made)
         # Gradients that need no scaling are given away, not copied: a second pass makes new ones.
-        give_away = ctx.call.weights is not None and _is_one(upstream)
+        give_away = call.weights is not None and _is_one(upstream)
         if give_away:
             ctx.made = None
-        return None, *_gradient(ctx.call, upstream, tau, bias, *xy, *made, scaled=give_away)
+        return None, *_gradient(call, upstream, tau, bias, *xy, *made, scaled=give_away)
 
 
 class TransformedValue(torch.autograd.Function):

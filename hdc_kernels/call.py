@@ -27,6 +27,8 @@ class Call(NamedTuple):
 
     def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
         """Itself but for the tensors of its mask, and these."""
+        if self.mask.ids is None and self.mask.left_out is None:
+            return self, (None, None, None)
         ids = self.mask.ids or (None, None)
         mask = self.mask._replace(ids=None, left_out=None)
         return self._replace(mask=mask), (*ids, self.mask.left_out)
@@ -35,6 +37,8 @@ class Call(NamedTuple):
         self, x_ids: Tensor | None, y_ids: Tensor | None, left_out: Tensor | None
     ) -> "Call":
         """What `without_tensors` took apart."""
+        if x_ids is None and left_out is None:
+            return self
         ids = None if x_ids is None or y_ids is None else (x_ids, y_ids)
         return self._replace(mask=self.mask._replace(ids=ids, left_out=left_out))
 

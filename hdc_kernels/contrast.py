@@ -56,6 +56,8 @@ def contrast(
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
+    if mask is not EVERYTHING:
+        _check_mask(mask, x, y)
     compiling = torch.compiler.is_compiling()
     call = Call(
         select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
@@ -80,6 +82,18 @@ def contrast(
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     value = result.loss if weights is None else result.total
     return Contrast(value, result.loss, result.hits, result.ranks)
+
+
+def _check_mask(mask: Mask, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:
+    """Kernels read the tensors of a mask as they are: these must be what `Mask` says."""
+    for tensor in (*(mask.ids or ()), *(() if mask.left_out is None else (mask.left_out,))):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"a mask holds {tensor.dtype}; its ids and entries must be int64")
+    if mask.ids is not None:
+        for ids, side in zip(mask.ids, (x[0], y[0]), strict=True):
+            expected = side.shape[:-1] if side.dim() == 3 else (1, *side.shape[:-1])
+            if ids.shape != expected:
+                raise ValueError(f"a mask's ids have shape {ids.shape}; it must be {expected}")
 
 
 def _plain(

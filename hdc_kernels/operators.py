@@ -137,10 +137,10 @@ def _(
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, y, ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, ctx.left_out, *ctx.options = inputs
+    x, y, ctx.tau, ctx.bias, x_ids, y_ids, left_out, *ctx.options = inputs
     _, hits, ranks, lse = output
     ctx.pairs = len(x)
-    ctx.save_for_backward(*x, *y, lse)
+    ctx.save_for_backward(*x, *y, x_ids, y_ids, left_out, lse)
     ctx.mark_non_differentiable(hits, ranks, lse)
     ctx.set_materialize_grads(False)
 
@@ -148,8 +148,8 @@ def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         return _per_argument(ctx, None)
-    *xy, lse = ctx.saved_tensors
-    inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, ctx.x_ids, ctx.y_ids, ctx.left_out
+    *xy, x_ids, y_ids, left_out, lse = ctx.saved_tensors
+    inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, x_ids, y_ids, left_out
     return _per_argument(ctx, contrast_gradient(*inputs, lse, upstream, *ctx.options))
 
 
