@@ -40,11 +40,17 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 
 def check_pair(
-    names: tuple[str, str], pair: tuple[Tensor, Tensor], shape: str, *, extra_rows: bool = False
+    names: tuple[str, str],
+    pair: tuple[Tensor, Tensor],
+    shape: str,
+    *,
+    extra_rows: bool = False,
+    empty: bool = False,
 ) -> None:
     """Both tensors floating, of one shape, dtype and device. `shape` reads like "[..., B, D]".
 
-    With `extra_rows`, the second may have more rows (its second-last dimension) than the first.
+    With `extra_rows`, the second may have more rows (its second-last dimension) than the first. With `empty`, B
+    may be 0, on a rank of a group that has none.
     """
     for name, tensor in zip(names, pair, strict=True):
         if not isinstance(tensor, Tensor):
@@ -58,7 +64,7 @@ def check_pair(
         fits = tensor.dim() >= 2 if "..." in shape else tensor.dim() == dimensions
         if not fits:
             raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
             raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
     query, key = pair
     for what in ("dtype", "device"):
@@ -124,6 +130,12 @@ def check_labels(name: str, labels: Tensor, of: str, embeddings: Tensor) -> None
         raise ValueError(
             f"{name} is on {labels.device} but {of} on {embeddings.device}; they must be equal"
         )
+
+
+def _lacks_only_rows(tensor: Tensor, shape: str) -> bool:
+    names = shape.strip("[]").split(", ")
+    batch = tensor.dim() - len(names) + names.index("B")
+    return all(size > 0 for k, size in enumerate(tensor.shape) if k != batch)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
 from hdc_kernels.contrast import contrast
+from hdc_kernels.distributed.contrast import contrast_across
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import meet
 from hdc_kernels.module import Loss
 
 
@@ -18,6 +21,7 @@ def fused_clip(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """½·[ −log softmax_j(sim(image_i, text_j)/τ)_i − log softmax_j(sim(image_j, text_i)/τ)_i ], cosine similarity.
 
@@ -28,7 +32,7 @@ def fused_clip(
             gradient. The value of a tensor is not checked.
         reduction: "mean" over the pairs, their "sum", or "none" for one value per pair, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: as in `fused_info_nce`.
+        backend, process_group: as in `fused_info_nce`.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -40,10 +44,24 @@ def fused_clip(
     Equals: `fused_info_nce(..., symmetric=True)`; on normalised inputs, open_clip's `ClipLoss` at
     `logit_scale=1/τ`.
     """
-    check_pair(("image", "text"), (image, text), "[B, D]")
+    check_pair(("image", "text"), (image, text), "[B, D]", empty=process_group is not None)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
+    if process_group is not None:
+        (rows,) = meet(process_group, image.device, len(image))
+        share = contrast_across(
+            rows,
+            rows,
+            [(image, text)],
+            weights=None if reduction == "none" else [1.0],
+            divisor=rows.size if reduction == "mean" else 1,
+            temperature=temperature,
+            symmetric=True,
+            normalize=normalize,
+            backend=backend,
+        ).value
+        return rows.local(share) if reduction == "none" else rows.total(share)
     return contrast(
         [(image, text)],
         weights=None if reduction == "none" else [1.0],
@@ -67,7 +85,7 @@ class CLIP(Loss):
     Args:
         scale: the initial 1/τ.
         max_scale: the bound of 1/τ; `math.inf` for none.
-        reduction, normalize, backend: as in `fused_clip`.
+        reduction, normalize, backend, process_group: as in `fused_clip`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given, and what is allowed.
@@ -81,6 +99,7 @@ class CLIP(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         for name, given in (("scale", scale), ("max_scale", max_scale)):
             if isinstance(given, bool) or not isinstance(given, (int, float)):
@@ -89,7 +108,13 @@ class CLIP(Loss):
             raise ValueError(
                 f"scale is {scale}; it must be positive, finite and at most max_scale, {max_scale}"
             )
-        super().__init__(None, reduction=reduction, normalize=normalize, backend=backend)
+        super().__init__(
+            None,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
+        )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.max_scale = max_scale
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from hdc_kernels import reference
 from hdc_kernels.backends import Mask
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import logsumexp
 from hdc_kernels.positives import positive_logits
@@ -22,6 +24,7 @@ def fused_dcl(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """−w_i·sim(z_i, z_p)/τ + log Σ_j exp(sim(z_i, z_j)/τ) for all 2B rows z of both views.
 
@@ -36,7 +39,7 @@ def fused_dcl(
         weights: the paper's w, [B] for both views of a sample or [2, B] for every row; 1 if not given.
         reduction: "mean" over the 2B rows, their "sum", or "none" for one value per row, [2, B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: as in `fused_info_nce`.
+        backend, process_group: as in `fused_info_nce`. B ≥ 2 is then that of all ranks together.
 
     Returns:
         A scalar, or [2, B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -47,12 +50,16 @@ def fused_dcl(
 
     Equals: lightly's `DCLLoss(temperature=τ)`, whose `weight_fn` gives the weights.
     """
-    check_pair(("first", "second"), (first, second), "[B, D]")
+    check_pair(("first", "second"), (first, second), "[B, D]", empty=process_group is not None)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     batch = first.shape[0]
-    if batch == 1:
+    across: Rows | None = None
+    if process_group is not None:
+        (across,) = meet(process_group, first.device, batch)
+        across.ranks.refuse_ring("DCL has none")
+    if (batch if across is None else across.size) == 1:
         raise ValueError(
             f"first has shape {list(first.shape)}; B must be at least 2, for the only negatives are other "
             "samples and a sum over none of them has no logarithm"
@@ -62,16 +69,25 @@ def fused_dcl(
         _check_weights(weights, first)
         positive = positive * weights.to(positive.dtype)
     rows = torch.cat((first, second))
-    samples = torch.arange(batch, device=first.device).repeat(2).unsqueeze(0)
+    if across is None:
+        columns, samples = rows, torch.arange(batch, device=first.device)
+    else:
+        columns, samples = torch.cat(across.gather(first, second)), across.numbers(first.device)
+        if not batch:
+            nothing = across.nothing(positive, columns).view(2, 0)
+            return across.reduce(nothing, reduction, 2 * across.size)
+    ids = samples[:batch].repeat(2).unsqueeze(0), samples.repeat(2).unsqueeze(0)
     lse = logsumexp(
         rows,
-        rows,
+        columns,
         temperature=temperature,
         normalize=normalize,
-        mask=Mask(ids=(samples, samples)),
-        reduction=reduction,
+        mask=Mask(ids=ids),
+        reduction=reduction if across is None else "none",
         backend=backend,
     )
+    if across is not None:
+        return across.reduce(lse.view(2, batch) - positive, reduction, 2 * across.size)
     if reduction == "none":
         lse = lse.view(2, batch)
     return lse - reference.reduce(positive, reduction)
@@ -86,6 +102,7 @@ def fused_dclw(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """`fused_dcl` with w_i = 2 − B·softmax_i(sim(first_i, second_i)/σ): the harder the positive, the more it counts.
 
@@ -93,23 +110,31 @@ def fused_dclw(
 
     Args:
         sigma: σ > 0.
-        first, second, temperature, reduction, normalize, backend: as in `fused_dcl`.
+        first, second, temperature, reduction, normalize, backend, process_group: as in `fused_dcl`; with a group, B
+            and the softmax are over the samples of all ranks.
 
     Returns, raises: as `fused_dcl`.
 
     Equals: lightly's `DCLWLoss(temperature=τ, sigma=σ)`.
     """
-    check_pair(("first", "second"), (first, second), "[B, D]")
+    check_pair(("first", "second"), (first, second), "[B, D]", empty=process_group is not None)
     check_sigma(sigma)
     similarity = positive_logits(first.detach(), second.detach(), sigma, normalize=normalize)
+    if process_group is None:
+        shares = first.shape[0] * similarity.softmax(0)
+    else:
+        (across,) = meet(process_group, first.device, first.shape[0])
+        everybody = across.by_rank(similarity)
+        shares = across.size * (similarity - everybody.logsumexp(0)).exp()
     return fused_dcl(
         first,
         second,
         temperature=temperature,
-        weights=2 - first.shape[0] * similarity.softmax(0),
+        weights=2 - shares,
         reduction=reduction,
         normalize=normalize,
         backend=backend,
+        process_group=process_group,
     )
 
 
@@ -142,8 +167,15 @@ class DCL(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
-        super().__init__(temperature, reduction=reduction, normalize=normalize, backend=backend)
+        super().__init__(
+            temperature,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
+        )
 
     def forward(self, first: Tensor, second: Tensor, weights: Tensor | None = None) -> Tensor:
         """See `fused_dcl`."""
@@ -161,10 +193,16 @@ class DCLW(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         check_sigma(sigma)
         super().__init__(
-            temperature, sigma=sigma, reduction=reduction, normalize=normalize, backend=backend
+            temperature,
+            sigma=sigma,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
         )
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import logsumexp
 from hdc_kernels.positives import divide, positive_logits
@@ -34,6 +36,7 @@ def fused_hn_nce(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """−log( e^{s_ii} / (α·e^{s_ii} + N_i) ) with s_ij = sim(q_i, k_j)/τ and N_i a weighted sum over negatives.
 
@@ -60,6 +63,7 @@ def fused_hn_nce(
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: as in `fused_info_nce`. There are two passes over the pairs, with β = 0 one, and
             twice as many with `symmetric`.
+        process_group: as in `fused_info_nce`. n is then the number of negatives on all ranks together.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. The term of a
@@ -72,7 +76,7 @@ def fused_hn_nce(
     of the same images as in HCL: `fused_hn_nce(cat(a, b), cat(b, a), tau_plus=τ⁺, labels=cat(i, i))`
     with `i = arange(len(a))`.
     """
-    check_pair(("query", "key"), (query, key), "[B, D]")
+    check_pair(("query", "key"), (query, key), "[B, D]", empty=process_group is not None)
     check_temperature(temperature)
     _check_weighting(alpha, beta, tau_plus)
     if labels is not None:
@@ -84,9 +88,24 @@ def fused_hn_nce(
     if isinstance(temperature, Tensor):  # before it is divided, in 16 bits perhaps
         temperature = temperature.to(reference.compute_dtype(query.dtype)).reshape(())
     positive = positive_logits(query, key, temperature, normalize=normalize)
-    counts = _count_negatives(positive, labels)
+    across: Rows | None = None
+    keys, queries, everybody, size = key, query, labels, len(query)
+    if process_group is not None:
+        (across,) = meet(process_group, query.device, size)
+        across.ranks.refuse_ring("HN-NCE has none")
+        size = across.size
+        (keys,) = across.gather(key)
+        if symmetric:
+            (queries,) = across.gather(query)
+        if labels is not None:
+            everybody = across.gather_integers(labels)
+        if not len(query):
+            return across.reduce(across.nothing(positive, keys, queries), reduction)
+    counts = _count_negatives(positive, labels, everybody, size)
     least = divide(counts.new_full((), -1.0), temperature)
-    ids = None if labels is None else (labels.unsqueeze(0), labels.unsqueeze(0))
+    ids = None
+    if labels is not None and everybody is not None:
+        ids = labels.unsqueeze(0), everybody.unsqueeze(0)
 
     def direction(x: Tensor, y: Tensor) -> Tensor:
         def over_negatives(factor: float) -> Tensor:
@@ -110,10 +129,10 @@ def fused_hn_nce(
             term = math.log(alpha) - F.logsigmoid(math.log(alpha) - excess)
         return torch.where(counts > 0, term, 0.0)
 
-    terms = direction(query, key)
+    terms = direction(query, keys)
     if symmetric:
-        terms = (terms + direction(key, query)) / 2
-    return reference.reduce(terms, reduction)
+        terms = (terms + direction(key, queries)) / 2
+    return reference.reduce(terms, reduction) if across is None else across.reduce(terms, reduction)
 
 
 class HNNCE(Loss):
@@ -130,6 +149,7 @@ class HNNCE(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         _check_weighting(alpha, beta, tau_plus)
         super().__init__(
@@ -141,6 +161,7 @@ class HNNCE(Loss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            process_group=process_group,
         )
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -148,12 +169,13 @@ class HNNCE(Loss):
         return fused_hn_nce(query, key, labels=labels, **self.options)
 
 
-def _count_negatives(positive: Tensor, labels: Tensor | None) -> Tensor:
-    """How many negatives each query has, in the dtype of the logits."""
-    size = positive.shape[0]
-    if labels is None:
+def _count_negatives(
+    positive: Tensor, labels: Tensor | None, of_keys: Tensor | None, size: int
+) -> Tensor:
+    """How many negatives each query has among so many keys, in the dtype of the logits."""
+    if labels is None or of_keys is None:
         return torch.full_like(positive, size - 1)
-    ordered = labels.sort().values
+    ordered = of_keys.sort().values
     same = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
     return (size - same).to(positive.dtype)
 

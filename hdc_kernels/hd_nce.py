@@ -1,7 +1,7 @@
 """HD-NCE: the paper's compound loss, Spatial and Temporal Contrast at several scales (Eq. 4 to 6)."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from hdc_kernels.checks import (
     check_weights,
 )
 from hdc_kernels.contrast import contrast
+from hdc_kernels.distributed.contrast import contrast_across
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 
 Pair = tuple[Tensor, Tensor]
@@ -44,6 +47,7 @@ def fused_hd_nce(
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
     return_metrics: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -59,6 +63,7 @@ def fused_hd_nce(
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, HDNCEMetrics]: ...
 
@@ -73,6 +78,7 @@ def fused_hd_nce(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, HDNCEMetrics]:
     """L = Σ_k α_k·L_s^k + β_k·L_t^k: the paper's Eq. 6, with L_s^k of Eq. 4 and L_t^k of Eq. 5.
@@ -89,7 +95,7 @@ def fused_hd_nce(
         reduction: "sum" is Eq. 6 to the letter, a sum over the batch; "mean" divides it by B; "none"
             returns each clip's share, [B].
         normalize: divide by the L2 norm first, as the paper does.
-        backend: as in `fused_info_nce`.
+        backend, process_group: as in `fused_info_nce`.
         return_metrics: also return the losses and accuracies of every scale, out of the same pass.
 
     Returns:
@@ -99,7 +105,7 @@ def fused_hd_nce(
     Raises:
         TypeError, ValueError: naming the argument, what was given, and what is allowed.
     """
-    _check(spatial, temporal, alpha, beta)
+    _check(spatial, temporal, alpha, beta, process_group is not None)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
@@ -107,19 +113,33 @@ def fused_hd_nce(
     steps = [v_o.shape[1] for v_o, _ in spatial]
     batch = pairs[0][0].shape[0]
     weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
-    value, terms, hits = contrast(
-        pairs,
-        weights=None if reduction == "none" else weights,
-        divisor=batch if reduction == "mean" else 1,
-        temperature=temperature,
-        normalize=normalize,
-        rows_first=len(spatial),  # every timestep is a problem of its own
-        backend=backend,
-    )
+    options: dict[str, Any] = {
+        "weights": None if reduction == "none" else weights,
+        "temperature": temperature,
+        "normalize": normalize,
+        "rows_first": len(spatial),  # every timestep is a problem of its own
+        "backend": backend,
+    }
+    across: Rows | None = None
+    if process_group is None:
+        divisor = batch if reduction == "mean" else 1
+        value, terms, hits, _ = contrast(pairs, divisor=divisor, **options)
+    else:
+        (across,) = meet(process_group, pairs[0][0].device, batch)
+        value, terms, hits, _ = contrast_across(
+            across,
+            across,
+            pairs,
+            divisor=across.size if reduction == "mean" else 1,
+            refuse_ring="metrics are asked for" if return_metrics else "",
+            **options,
+        )
     sizes = [n * batch for n in steps] + [batch] * len(temporal)
     if reduction == "none":
-        by_pair = zip(weights, value.split(sizes), strict=True)
-        value = torch.stack([w * loss.view(-1, batch).sum(0) for w, loss in by_pair]).sum(0)
+        by_pair = zip(weights, [*steps, *([1] * len(temporal))], value.split(sizes), strict=True)
+        value = torch.stack([w * loss.view(n, batch).sum(0) for w, n, loss in by_pair]).sum(0)
+    if across is not None:
+        value = across.local(value) if reduction == "none" else across.total(value)
     if not return_metrics:
         return value
     losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])
@@ -131,7 +151,11 @@ def fused_hd_nce(
 
 
 def _check(
-    spatial: Sequence[Pair], temporal: Sequence[Pair], alpha: Sequence[float], beta: Sequence[float]
+    spatial: Sequence[Pair],
+    temporal: Sequence[Pair],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    empty: bool,
 ) -> None:
     expected = None
     for task, pairs, shape, views in (
@@ -151,7 +175,7 @@ def _check(
                     f"{task}[{scale}] is a {given}; it must be a pair ({', '.join(views)}) of {shape}"
                 )
             names = (f"{task}[{scale}] {views[0]}", f"{task}[{scale}] {views[1]}")
-            check_pair(names, (pair[0], pair[1]), shape)
+            check_pair(names, (pair[0], pair[1]), shape, empty=empty)
             found = (pair[0].shape[0], pair[0].dtype, pair[0].device)
             expected = expected or found
             if found != expected:
@@ -182,6 +206,7 @@ class HDNCE(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         check_weights("alpha", alpha)
         check_weights("beta", beta)
@@ -192,6 +217,7 @@ class HDNCE(Loss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            process_group=process_group,
         )
 
     def forward(self, spatial: Sequence[Pair], temporal: Sequence[Pair]) -> Tensor:

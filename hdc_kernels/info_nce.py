@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from hdc_kernels import reference
 from hdc_kernels.backends import EVERYTHING, Mask
 from hdc_kernels.checks import (
     Backend,
@@ -16,7 +15,10 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
-from hdc_kernels.contrast import contrast
+from hdc_kernels.contrast import Contrast, contrast
+from hdc_kernels.distributed.contrast import contrast_across
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import logsumexp
 from hdc_kernels.positives import divide, embeddings, info_nce_terms, positive_logits
@@ -29,11 +31,14 @@ class InfoNCEMetrics(NamedTuple):
 
     loss: [..., B], the loss of every query, before `sample_weights`.
     accuracy: the share of queries whose positive is closer than every negative; float32, no dimension.
-        Of the direction from query to key, also with `symmetric`.
+    rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
+
+    Accuracy and rank are of the direction from query to key, also with `symmetric`.
     """
 
     loss: Tensor
     accuracy: Tensor
+    rank: Tensor
 
 
 @overload
@@ -51,6 +56,7 @@ def fused_info_nce(
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
     return_metrics: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -70,6 +76,7 @@ def fused_info_nce(
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, InfoNCEMetrics]: ...
 
@@ -88,6 +95,7 @@ def fused_info_nce(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, InfoNCEMetrics]:
     """−log( exp(sim(q_i, k_i)/τ) / Σ_j exp(sim(q_i, k_j)/τ) ) with cosine similarity.
@@ -117,8 +125,13 @@ def fused_info_nce(
         backend: "auto" picks the fastest there is (`hdc_kernels/selection.py` has the rule); "cpu" is C++,
             "triton" is for GPUs, "torch" the plain specification, which holds the B×B logits and the only
             one that autograd sees through, "chunked" the same in O(B) memory.
-        return_metrics: also return every query's loss and the accuracy, out of the same pass (with `negatives`
-            [M, D] alone, out of another one without gradients).
+        process_group: a `torch.distributed.ProcessGroup`, or `hdc_kernels.distributed.Ranks` of one, with options:
+            the batches of all its ranks are one, of which every rank gets the loss. Gradients averaged over the ranks,
+            as DDP does, are those of one process with the whole batch; see `hdc_kernels.distributed`.
+            `negatives` [M, D] of any rank are negatives everywhere. B and N may be 0 on some ranks. None is this
+            process alone.
+        return_metrics: also return every query's loss, the rank of its positive and the accuracy, out of the same
+            pass (on a GPU, and with `negatives` [M, D] alone, ranks take another one without gradients).
 
     Returns:
         A scalar, or [..., B] for "none"; float64 for float64 inputs, float32 for all others. With
@@ -133,12 +146,18 @@ def fused_info_nce(
     `logit_scale=1/τ`; sentence-transformers' `MultipleNegativesRankingLoss` at `scale=1/τ`, the hard negatives
     below the positives in `key`.
     """
-    check_pair(("query", "key"), (query, key), "[..., B, D]", extra_rows=in_batch and not symmetric)
+    check_pair(
+        ("query", "key"),
+        (query, key),
+        "[..., B, D]",
+        extra_rows=in_batch and not symmetric,
+        empty=process_group is not None,
+    )
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     if negatives is not None or not in_batch:
-        _check_negatives(negatives, query, symmetric)
+        _check_negatives(negatives, query, symmetric, process_group is not None)
     if ids is not None:
         _check_ids(ids, query, key, negatives, label_smoothing)
     if sample_weights is not None:
@@ -151,39 +170,94 @@ def fused_info_nce(
     if negatives is not None and in_batch and negatives.dim() == 2:
         key, negatives = torch.cat((key, negatives)), None
     whole = reduction != "none" and sample_weights is None
-    hits: Tensor | None
+    count = math.prod(rows)
+    queries = keys = None  # the rows on all ranks
+    if process_group is not None:
+        queries, keys = meet(process_group, query.device, query.shape[-2], key.shape[-2])
+        count = math.prod(rows[:-1]) * queries.size
+    divisor: int | Tensor = count if reduction == "mean" else 1
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "normalize": normalize,
+        "backend": backend,
+    }
     if negatives is None:
-        value, terms, hits = contrast(
-            [(query, key)],
-            weights=[1.0] if whole else None,
-            divisor=math.prod(rows) if whole and reduction == "mean" else 1,
-            temperature=temperature,
-            symmetric=symmetric,
-            normalize=normalize,
-            mask=EVERYTHING if ids is None else _mask(ids),
-            backend=backend,
-        )
+        options["weights"], options["divisor"] = ([1.0], divisor) if whole else (None, 1)
+        options["symmetric"], options["ranked"] = symmetric, return_metrics
+        if queries is None or keys is None:
+            mask = EVERYTHING if ids is None else _mask(ids)
+            value, terms, _, ranks = contrast([(query, key)], mask=mask, **options)
+        else:
+            value, terms, _, ranks = _across(queries, keys, query, key, ids, options)
     else:
-        options = {"temperature": temperature, "normalize": normalize, "backend": backend}
-        value, hits = _against(query, key, negatives, in_batch, return_metrics, options)
+        if queries is not None and keys is not None:
+            key, negatives = _gather(queries, keys, key, negatives, in_batch)
+        if queries is None or queries.own:
+            value, ranks = _against(query, key, negatives, in_batch, return_metrics, options)
+        else:
+            value = queries.nothing(query, key, negatives, temperature)
+            ranks = value.long()
         terms, whole = value.detach(), False
     if label_smoothing:
         extra = label_smoothing * _smoothing(
-            query, key, negatives, in_batch, temperature, symmetric, normalize
+            query,
+            key,
+            negatives,
+            in_batch,
+            temperature,
+            symmetric,
+            normalize,
+            keys if negatives is None else None,
         )
-        value = value + (reference.reduce(extra, reduction) if whole else extra)
+        value = value + (extra.sum() / divisor if whole else extra)
         terms = terms + extra.detach()
     if sample_weights is not None:
         shares = sample_weights.flatten().to(value.dtype)
         value = value * shares
         if reduction == "mean":
-            value = value.sum() / shares.sum()
+            divisor = shares.sum() if queries is None else queries.sum(shares.sum())
     if not whole:
-        value = value.view(rows) if reduction == "none" else reference.reduce(value, reduction)
+        value = value.view(rows) if reduction == "none" else value.sum() / divisor
+    if queries is not None:
+        value = queries.local(value) if reduction == "none" else queries.total(value)
     if not return_metrics:
         return value
-    assert hits is not None
-    return value, InfoNCEMetrics(terms.view(rows), hits.float().mean())
+    assert ranks is not None
+    return value, InfoNCEMetrics(terms.view(rows), (ranks == 0).float().mean(), ranks.view(rows))
+
+
+def _across(
+    queries: Rows,
+    keys: Rows,
+    query: Tensor,
+    key: Tensor,
+    ids: Ids | None,
+    options: dict[str, Any],
+) -> Contrast:
+    """`contrast` with the keys of all ranks."""
+    if query.dim() == 3:  # they are exchanged by rows
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    return contrast_across(
+        queries,
+        keys,
+        [(query, key)],
+        rows_first=int(query.dim() == 3),
+        ids=(ids, ids) if isinstance(ids, Tensor) else ids,
+        **options,
+    )
+
+
+def _gather(
+    queries: Rows, keys: Rows, key: Tensor, negatives: Tensor, in_batch: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and negatives of all ranks, but for negatives that are one query's alone."""
+    queries.ranks.refuse_ring("there are negatives")
+    if in_batch:
+        (key,) = keys.gather(key)
+    if negatives.dim() == 2:
+        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
+        (negatives,) = shared.gather(negatives)
+    return key, negatives
 
 
 def _against(
@@ -191,28 +265,34 @@ def _against(
     key: Tensor,
     negatives: Tensor,
     in_batch: bool,
-    with_hits: bool,
+    ranked: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Terms and hits, [B] each, against private negatives, or against shared ones and no other key."""
+    """Terms and ranks, [B] each, against private negatives, or against shared ones and no other key."""
     rows = len(query)
     if negatives.dim() == 3:
         own = torch.cat((key[:rows].unsqueeze(1), negatives), 1)
-        terms, _, hits = contrast([(query.unsqueeze(1), own)], weights=None, **options)
+        terms, _, _, ranks = contrast(
+            [(query.unsqueeze(1), own)], weights=None, ranked=ranked, **options
+        )
         if not in_batch:
-            return terms, hits
-        others = contrast([(query, key)], weights=None, **options)
-        return _union(terms, others.value), hits & others.hits
+            return terms, ranks
+        others = contrast([(query, key)], weights=None, ranked=ranked, **options)
+        union = _union(terms, others.value)
+        return union, None if ranks is None or others.ranks is None else ranks + others.ranks
     positive = positive_logits(query, key, options["temperature"], normalize=options["normalize"])
     terms = info_nce_terms(logsumexp(query, negatives, **options), positive)
-    if not with_hits:
+    if not ranked:
         return terms, None
     # With one id for every query and key, and another one for the negatives, no key but its own is left.
     keys = torch.cat((key, negatives))
     ids = (torch.arange(len(keys), device=query.device) >= rows).long().unsqueeze(0)
     only = Mask(ids=(ids[:, :rows], ids))
     with torch.no_grad():
-        return terms, contrast([(query, keys)], weights=None, mask=only, **options).hits
+        only_ranks = contrast(
+            [(query, keys)], weights=None, mask=only, ranked=True, **options
+        ).ranks
+    return terms, only_ranks
 
 
 def _union(a: Tensor, b: Tensor) -> Tensor:
@@ -232,17 +312,26 @@ def _smoothing(
     temperature: float | Tensor,
     symmetric: bool,
     normalize: bool,
+    keys: Rows | None,
 ) -> Tensor:
-    """s_ii − mean_j s_ij of every row, flat: what ε brings in. The mean of products is one with the mean key."""
+    """s_ii − mean_j s_ij of every row, flat: what ε brings in. The mean of products is one with the mean key.
+
+    `keys` are the rows of `key` on all ranks, if there are others.
+    """
     x, y = embeddings(query, normalize=normalize), embeddings(key, normalize=normalize)
     own = y[..., : x.shape[-2], :]
     total, count = (y.sum(-2, keepdim=True), y.shape[-2]) if in_batch else (own, 1)
+    if keys is not None:
+        total, count = keys.sum(total), keys.size
     if negatives is not None:
         z = embeddings(negatives, normalize=normalize)
         total, count = total + z.sum(-2, keepdim=z.dim() == 2), count + z.shape[-2]
     difference = (x * (own - total / count)).sum(-1)
     if symmetric:
-        difference = (difference + (own * (x - x.mean(-2, keepdim=True))).sum(-1)) / 2
+        mean = x.mean(-2, keepdim=True)
+        if keys is not None:
+            mean = keys.sum(x.sum(-2, keepdim=True)) / keys.size
+        difference = (difference + (own * (x - mean)).sum(-1)) / 2
     return divide(difference.flatten(), temperature)
 
 
@@ -251,7 +340,7 @@ def _mask(ids: Ids) -> Mask:
     return Mask(ids=(query_ids.long().unsqueeze(0), key_ids.long().unsqueeze(0)))
 
 
-def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool) -> None:
+def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, empty: bool) -> None:
     if negatives is None:
         raise ValueError(
             "in_batch is False but there are no negatives; give some, or leave it True"
@@ -269,7 +358,8 @@ def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool) -
     if query.dim() != 2:
         raise ValueError(f"query has shape {list(query.shape)}; with negatives it must be [B, D]")
     rows, width = query.shape
-    allowed = negatives.shape[-1:] == (width,) and negatives.numel() > 0
+    some = empty or negatives.numel() > 0
+    allowed = negatives.shape[-1:] == (width,) and some
     if not allowed or not (
         negatives.dim() == 2 or (negatives.dim() == 3 and negatives.shape[0] == rows)
     ):
@@ -337,6 +427,7 @@ class InfoNCE(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         check_label_smoothing(label_smoothing)
         super().__init__(
@@ -347,6 +438,7 @@ class InfoNCE(Loss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            process_group=process_group,
         )
 
     def forward(

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from hdc_kernels.backends import Mask
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
 from hdc_kernels.contrast import contrast
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 
 
@@ -14,8 +16,8 @@ class Queue(nn.Module):
 
     A batch takes the places of the oldest keys, in any number: the last and smaller batch of an epoch, one that
     goes over the end (the rest goes to the beginning), one larger than the queue (its last K keys stay). It holds
-    what this process gives it; where several train together, give each the keys of all. DDP's broadcast
-    of buffers then changes nothing.
+    what this process gives it, with a `process_group` what all its ranks give it, the same keys in the same order
+    on each: DDP's broadcast of buffers changes nothing.
 
     `keys` is replaced, never written into: a loss of earlier keys still has its gradients. Nothing is read back
     from the device, so a queue does not make the host wait and compiles into one graph.
@@ -50,8 +52,8 @@ class Queue(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Put keys [N, D] of any N in, instead of the oldest ones. They are detached.
+    def enqueue(self, keys: Tensor, process_group: ProcessGroups | None = None) -> None:
+        """Put keys [N, D] of any N in, instead of the oldest ones, with a group those of all ranks. They are detached.
 
         Raises:
             TypeError, ValueError: naming the argument, what was given, and what is allowed.
@@ -64,6 +66,8 @@ class Queue(nn.Module):
                 f"keys has shape {list(keys.shape)} on {keys.device}; "
                 f"it must be [N, {dimension}] on {self.keys.device}"
             )
+        if process_group is not None:
+            keys = meet(process_group, keys.device, len(keys))[0].by_rank(keys)
         count = len(keys)
         kept = min(count, size)
         places = torch.arange(count - kept, count, device=keys.device)
@@ -86,6 +90,7 @@ def fused_moco(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """log( 1 + Σ_k exp((sim(q_i, n_k) − sim(q_i, k_i))/τ) ), n_k the keys of a queue, with cosine similarity.
 
@@ -101,6 +106,7 @@ def fused_moco(
         normalize: divide by the L2 norm first, in the queue, too. With False, the similarity is the
             plain dot product.
         backend: as in `fused_info_nce`.
+        process_group: as in `fused_info_nce`, for the mean or sum over all ranks' queries. The queue is this rank's.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -112,7 +118,7 @@ def fused_moco(
     Equals: the cross-entropy of the logits that MoCo's `builder.MoCo` returns, with its queue's keys in rows;
     `info_nce.info_nce(query, key, queue, temperature=τ)` of info-nce-pytorch.
     """
-    check_pair(("query", "key"), (query, key), "[B, D]")
+    check_pair(("query", "key"), (query, key), "[B, D]", empty=process_group is not None)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
@@ -135,15 +141,26 @@ def fused_moco(
     # is B × B products in vain, few beside B × K, and saves one of three passes over the queue.
     ids = torch.zeros(rows + len(queue), dtype=torch.int64, device=query.device)
     ids[rows:] = 1 if empty is None else (~empty).long()
-    return contrast(
+    across: Rows | None = None
+    if process_group is not None:
+        (across,) = meet(process_group, query.device, rows)
+        across.ranks.refuse_ring("MoCo has a queue")
+        if not rows:
+            terms = across.nothing(query, key, queue, temperature)
+            return across.local(terms) if reduction == "none" else across.total(terms.sum())
+    count = rows if across is None else across.size
+    value = contrast(
         [(query, torch.cat((key, queue)))],
         weights=None if reduction == "none" else [1.0],
-        divisor=rows if reduction == "mean" else 1,
+        divisor=count if reduction == "mean" else 1,
         temperature=temperature,
         normalize=normalize,
         mask=Mask(ids=(ids[:rows].unsqueeze(0), ids.unsqueeze(0))),
         backend=backend,
     ).value
+    if across is None:
+        return value
+    return across.local(value) if reduction == "none" else across.total(value)
 
 
 class MoCo(Loss):
@@ -155,6 +172,7 @@ class MoCo(Loss):
         temperature: pass an `nn.Parameter` to learn it.
         dtype: of the queue.
         reduction, normalize, backend: as in `fused_moco`.
+        process_group: as in `fused_moco`; the keys of all its ranks are put in.
 
     Attributes:
         queue: the `Queue`. It starts empty; `module.queue.enqueue(torch.randn(K, D))` makes it start with random
@@ -171,13 +189,20 @@ class MoCo(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
-        super().__init__(temperature, reduction=reduction, normalize=normalize, backend=backend)
+        super().__init__(
+            temperature,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
+        )
         self.queue = Queue(size, dimension, dtype=dtype)
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """See `fused_moco`."""
         loss = fused_moco(query, key, self.queue, **self.options)
         if self.training:
-            self.queue.enqueue(key)
+            self.queue.enqueue(key, self.process_group)
         return loss

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_temperature
+from hdc_kernels.distributed.ranks import ProcessGroups, check_process_group
 
 
 class Loss(nn.Module):
@@ -13,6 +14,8 @@ class Loss(nn.Module):
     A `temperature` that is an `nn.Parameter` becomes one of the module's.
     """
 
+    process_group: ProcessGroups | None
+
     def __init__(
         self,
         temperature: float | Tensor | None,
@@ -20,12 +23,20 @@ class Loss(nn.Module):
         reduction: Reduction,
         normalize: bool,
         backend: Backend,
+        process_group: ProcessGroups | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, Reduction)
         check_choice("backend", backend, Backend)
-        options = {**others, "reduction": reduction, "normalize": normalize, "backend": backend}
+        check_process_group(process_group)
+        options = {
+            **others,
+            "reduction": reduction,
+            "normalize": normalize,
+            "backend": backend,
+            "process_group": process_group,
+        }
         if temperature is not None:  # of a loss that learns a scale instead
             check_temperature(temperature)
             options = {"temperature": temperature, **options}
@@ -39,4 +50,7 @@ class Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = self.options
+        if self.process_group is None:
+            del shown["process_group"]
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

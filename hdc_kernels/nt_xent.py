@@ -6,6 +6,9 @@ from torch import Tensor
 from hdc_kernels.backends import Mask
 from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
 from hdc_kernels.contrast import contrast
+from hdc_kernels.distributed.contrast import contrast_across
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import meet
 from hdc_kernels.module import Loss
 
 
@@ -17,6 +20,7 @@ def fused_nt_xent(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """−log( exp(sim(z_i, z_p)/τ) / Σ_{j≠i} exp(sim(z_i, z_j)/τ) ) for all 2B rows z of both views.
 
@@ -29,7 +33,7 @@ def fused_nt_xent(
             The value of a tensor is not checked.
         reduction: "mean" over the 2B rows, their "sum", or "none" for one value per row, [2, B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: as in `fused_info_nce`.
+        backend, process_group: as in `fused_info_nce`.
 
     Returns:
         A scalar, or [2, B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -42,22 +46,39 @@ def fused_nt_xent(
     Equals: lightly's `NTXentLoss(temperature=τ)`; pytorch-metric-learning's `NTXentLoss` and `SupConLoss`
     of both views, labelled by sample.
     """
-    check_pair(("first", "second"), (first, second), "[B, D]")
+    check_pair(("first", "second"), (first, second), "[B, D]", empty=process_group is not None)
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     batch = first.shape[0]
     # Beside row i of x stands its positive; where row i itself stands in y, the ids are equal.
-    rows = torch.arange(2 * batch, device=first.device).unsqueeze(0)
-    value = contrast(
-        [(torch.cat((first, second)), torch.cat((second, first)))],
-        weights=None if reduction == "none" else [1.0],
-        divisor=2 * batch if reduction == "mean" else 1,
-        temperature=temperature,
-        normalize=normalize,
-        mask=Mask(ids=(rows, rows.roll(batch, 1))),
-        backend=backend,
-    ).value
+    rows = torch.arange(2 * batch, device=first.device)
+    pairs = [(torch.cat((first, second)), torch.cat((second, first)))]
+    weights = None if reduction == "none" else [1.0]
+    if process_group is None:
+        value = contrast(
+            pairs,
+            weights=weights,
+            divisor=2 * batch if reduction == "mean" else 1,
+            temperature=temperature,
+            normalize=normalize,
+            mask=Mask(ids=(rows.unsqueeze(0), rows.roll(batch).unsqueeze(0))),
+            backend=backend,
+        ).value
+    else:
+        views = meet(process_group, first.device, batch)[0].times(2)
+        share = contrast_across(
+            views,
+            views,
+            pairs,
+            weights=weights,
+            divisor=views.size if reduction == "mean" else 1,
+            temperature=temperature,
+            normalize=normalize,
+            own_ids=(rows, rows.roll(batch)),
+            backend=backend,
+        ).value
+        value = views.local(share) if reduction == "none" else views.total(share)
     return value.view(2, batch) if reduction == "none" else value
 
 
@@ -71,8 +92,15 @@ class NTXent(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
-        super().__init__(temperature, reduction=reduction, normalize=normalize, backend=backend)
+        super().__init__(
+            temperature,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
+        )
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """See `fused_nt_xent`."""

@@ -16,6 +16,8 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import softplus_sum
 from hdc_kernels.positives import positive_logits
@@ -30,6 +32,7 @@ def fused_siglip(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """−Σ_j log σ(z_ij·(sim(image_i, text_j)/τ + b)) with cosine similarity; z_ij is 1 if i = j, otherwise −1.
 
@@ -44,7 +47,7 @@ def fused_siglip(
         reduction: "mean" over the images (each is a sum over the texts), their "sum", or "none" for
             one value per image, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: as in `fused_info_nce`.
+        backend, process_group: as in `fused_info_nce`.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
@@ -55,13 +58,22 @@ def fused_siglip(
 
     Equals: on normalised inputs, open_clip's `SigLipLoss` at `logit_scale=1/τ` and `logit_bias=b`.
     """
-    check_pair(("image", "text"), (image, text), "[B, D]", extra_rows=True)
+    across = process_group is not None
+    check_pair(("image", "text"), (image, text), "[B, D]", extra_rows=True, empty=across)
     check_temperature(temperature)
     check_bias("bias", bias)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     if isinstance(bias, Tensor):
         bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
+    positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
+    rows: Rows | None = None
+    if process_group is not None:
+        rows, columns = meet(process_group, image.device, len(image), len(text))
+        rows.ranks.refuse_ring("SigLIP has none")
+        (text,) = columns.gather(text)
+        if not len(image):
+            return rows.reduce(rows.nothing(image, text, temperature, bias), reduction)
     negatives = softplus_sum(
         image,
         text,
@@ -69,11 +81,13 @@ def fused_siglip(
         temperature=temperature,
         normalize=normalize,
         mask=Mask(diagonal=False),
-        reduction=reduction,
+        reduction=reduction if rows is None else "none",
         backend=backend,
     )
-    positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
-    return negatives + reference.reduce(-F.logsigmoid(positive + bias), reduction)
+    positives = -F.logsigmoid(positive + bias)
+    if rows is not None:
+        return rows.reduce(negatives + positives, reduction)
+    return negatives + reference.reduce(positives, reduction)
 
 
 class SigLIP(Loss):
@@ -85,7 +99,7 @@ class SigLIP(Loss):
     Args:
         scale: the initial 1/τ.
         bias: the initial b.
-        reduction, normalize, backend: as in `fused_siglip`.
+        reduction, normalize, backend, process_group: as in `fused_siglip`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given, and what is allowed.
@@ -99,13 +113,20 @@ class SigLIP(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale is a {type(scale).__name__}; it must be a number")
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"scale is {scale}; it must be positive and finite")
         check_bias("bias", bias)
-        super().__init__(None, reduction=reduction, normalize=normalize, backend=backend)
+        super().__init__(
+            None,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            process_group=process_group,
+        )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 

@@ -14,6 +14,8 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
@@ -39,6 +41,7 @@ def fused_sup_con(
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """Contrast of each anchor's positives with all others, s_ij = sim(x_i, x_j)/τ with cosine similarity.
 
@@ -68,6 +71,7 @@ def fused_sup_con(
             "sum", or "none" for one value per anchor, [B]. The mean of nothing is 0.
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: as in `fused_info_nce`.
+        process_group: as in `fused_info_nce`; with labels only. `other` is gathered, too: let it differ by rank.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. NaN where an
@@ -80,36 +84,43 @@ def fused_sup_con(
     on normalised features; "each", pytorch-metric-learning's `NTXentLoss`; "in", solo-learn's
     `simclr_loss_func`.
     """
-    _check(embeddings, labels, positives, other, other_labels, other_holds_self)
+    empty = process_group is not None
+    _check(embeddings, labels, positives, other, other_labels, other_holds_self, empty)
     check_temperature(temperature)
     check_choice("definition", definition, Definition)
     check_choice("without_positive", without_positive, WithoutPositive)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    problem = _Problem(
-        embeddings,
-        embeddings if other is None else other,
-        other is None or other_holds_self,
-        temperature,
-        normalize,
-        backend,
-    )
-    if labels is not None:
-        columns = labels if other_labels is None else other_labels
+    y = embeddings if other is None else other
+    columns = labels if other_labels is None else other_labels
+    across: Rows | None = None
+    if process_group is not None:
+        if labels is None or columns is None:
+            raise ValueError("positives is given with a process_group; it must be labels instead")
+        across, others = meet(process_group, embeddings.device, len(embeddings), len(y))
+        across.ranks.refuse_ring("SupCon has none")
+        (y,), columns = others.gather(y), others.gather_integers(columns.long())
+    holds_self = other is None or other_holds_self
+    problem = _Problem(embeddings, y, holds_self, temperature, normalize, backend)
+    if across is not None and not len(embeddings):
+        terms = across.nothing(embeddings, y, temperature)
+        counts = torch.zeros_like(terms, dtype=torch.long)
+    elif labels is not None and columns is not None:
         terms, counts = _by_labels(problem, labels.long(), columns.long(), definition)
     else:
         assert positives is not None
         terms, counts = _by_list(problem, positives.long(), definition)
     if reduction == "none":
-        return terms
-    total = terms.sum()
+        return terms if across is None else across.local(terms)
+    total = terms.sum() if across is None else across.total(terms.sum())
     if reduction == "sum":
         return total
-    if definition == "each":
-        return total / counts.sum().clamp_min(1)
-    if without_positive == "zero":
-        return total / len(terms)
-    return total / (counts > 0).sum().clamp_min(1)
+    if definition != "each" and without_positive == "zero":
+        return total / (len(terms) if across is None else across.size)
+    terms_in_mean = counts.sum() if definition == "each" else (counts > 0).sum()
+    if across is not None:
+        terms_in_mean = across.sum(terms_in_mean)
+    return total / terms_in_mean.clamp_min(1)
 
 
 class SupCon(Loss):
@@ -124,6 +135,7 @@ class SupCon(Loss):
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
+        process_group: ProcessGroups | None = None,
     ) -> None:
         check_choice("definition", definition, Definition)
         check_choice("without_positive", without_positive, WithoutPositive)
@@ -134,6 +146,7 @@ class SupCon(Loss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            process_group=process_group,
         )
 
     def forward(
@@ -250,15 +263,16 @@ def _check(
     other: Tensor | None,
     other_labels: Tensor | None,
     other_holds_self: bool,
+    empty: bool,
 ) -> None:
-    check_pair(("embeddings", "embeddings"), (embeddings, embeddings), "[B, D]")
+    check_pair(("embeddings", "embeddings"), (embeddings, embeddings), "[B, D]", empty=empty)
     if other is not None:
         pair = [("embeddings", embeddings), ("other", other)]
         fewer = isinstance(other, Tensor) and other.shape[:1] < embeddings.shape[:1]
         if fewer and not other_holds_self:
             pair.reverse()  # either may have more rows
         (first, x), (second, y) = pair
-        check_pair((first, second), (x, y), "[B, D]", extra_rows=True)
+        check_pair((first, second), (x, y), "[B, D]", extra_rows=True, empty=empty)
     elif other_labels is not None or other_holds_self:
         given = "other_holds_self" if other_labels is None else "other_labels"
         raise ValueError(f"{given} is given but other is not; give both or neither")

@@ -167,7 +167,6 @@ def test_the_model_card_s_entries() -> None:
     [
         ({"scale": 0.0}, "scale is 0.0; it must be positive"),
         ({"similarity_fct": euclidean_sim}, "similarity_fct is 'euclidean_sim'; only"),
-        ({"gather_across_devices": True}, "gather_across_devices is True; several processes"),
         ({"directions": ("doc_to_query",)}, "it must have 'query_to_doc'"),
         ({"directions": ("query_to_all",)}, "an entry of directions is 'query_to_all'; it must be"),
         ({"directions": ALL, "partition_mode": "per_direction"}, "with partition_mode='per_dir"),

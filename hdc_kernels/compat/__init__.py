@@ -3,13 +3,21 @@
 One module for each peer, named as the peer is imported; none needs the peer to be installed. Where a peer has
 a bug, the adapter is right, and its docstring says how to get the peer's behaviour. A `temperature`, `scale` or
 `logit_scale` may always be a tensor, and gets its gradient.
+
+Where a peer gathers embeddings from all processes, so does its adapter: loss and gradients are then those of
+`hdc_kernels.distributed`, whichever of the peer's options for it are set.
 """
 
+from typing import TYPE_CHECKING
 
-def refuse_distributed(**given: tuple[object, object]) -> None:
-    """Each argument as (what was given, its default in a single process); raises ValueError if they differ."""
-    for name, (value, default) in given.items():
-        if value != default:
-            raise ValueError(
-                f"{name} is {value!r}; several processes are not supported yet, it must be {default!r}"
-            )
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def all_processes(gather: bool) -> "ProcessGroup | None":
+    """The group of all, if they are to be gathered and there are several."""
+    if not gather or not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.group.WORLD if dist.get_world_size() > 1 else None

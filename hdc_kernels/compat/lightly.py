@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdc_kernels.checks import check_temperature
-from hdc_kernels.compat import refuse_distributed
+from hdc_kernels.compat import all_processes
 from hdc_kernels.decoupled import check_sigma, fused_dcl, fused_dclw
+from hdc_kernels.distributed.rows import meet
 from hdc_kernels.moco import Queue, fused_moco
 from hdc_kernels.nt_xent import fused_nt_xent
 from hdc_kernels.positives import embeddings
@@ -23,7 +24,7 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: τ.
         memory_bank_size: 0, or (number of keys, D).
-        gather_distributed: must be False.
+        gather_distributed: take the batches of all processes as one, also for the memory bank.
         drop_overflow: where lightly's bank reaches its end in the middle of a batch, it drops the rest of the
             batch. True does the same; by default, the rest goes to the beginning.
 
@@ -41,7 +42,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature(temperature)
-        refuse_distributed(gather_distributed=(gather_distributed, False))
+        self.gather_distributed = gather_distributed
         self.temperature = temperature
         self.drop_overflow = drop_overflow
         self.memory_bank: Queue | None = None
@@ -58,11 +59,16 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """out0, out1: [B, D] -> the mean loss."""
         bank = self.memory_bank
+        group = all_processes(self.gather_distributed)
         if bank is None:
-            return fused_nt_xent(out0, out1, temperature=self.temperature)
+            return fused_nt_xent(out0, out1, temperature=self.temperature, process_group=group)
         query, key = embeddings(out0, normalize=True), embeddings(out1, normalize=True)
-        loss = fused_moco(query, key, bank, temperature=self.temperature, normalize=False)
+        loss = fused_moco(
+            query, key, bank, temperature=self.temperature, normalize=False, process_group=group
+        )
         if out0.requires_grad:
+            if group is not None:
+                key = meet(group, key.device, len(key))[0].by_rank(key)
             room = len(bank.keys) - int(bank.position) if self.drop_overflow else len(key)
             bank.enqueue(key[:room])
         return loss
@@ -73,8 +79,9 @@ class DCLLoss(nn.Module):
 
     Args:
         temperature: τ.
-        weight_fn: (out0, out1), normalised, -> [B], the weight of each positive; called for both directions.
-        gather_distributed: must be False.
+        weight_fn: (out0, out1), normalised, -> [B], the weight of each positive; called for both directions, with
+            the batch of this process.
+        gather_distributed: take the batches of all processes as one.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class DCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature(temperature)
-        refuse_distributed(gather_distributed=(gather_distributed, False))
+        self.gather_distributed = gather_distributed
         self.temperature = temperature
         self.weight_fn = weight_fn
 
@@ -95,11 +102,14 @@ class DCLLoss(nn.Module):
         if self.weight_fn is not None:
             x, y = embeddings(out0, normalize=True), embeddings(out1, normalize=True)
             weights = torch.stack([self.weight_fn(x, y), self.weight_fn(y, x)])
-        return fused_dcl(out0, out1, temperature=self.temperature, weights=weights)
+        group = all_processes(self.gather_distributed)
+        return fused_dcl(
+            out0, out1, temperature=self.temperature, weights=weights, process_group=group
+        )
 
 
 class DCLWLoss(nn.Module):
-    """`fused_dclw`; see `DCLLoss`."""
+    """`fused_dclw`; see `DCLLoss`. Its weights are those of the batches of all processes; lightly's of one."""
 
     def __init__(
         self,
@@ -110,10 +120,13 @@ class DCLWLoss(nn.Module):
         super().__init__()
         check_temperature(temperature)
         check_sigma(sigma)
-        refuse_distributed(gather_distributed=(gather_distributed, False))
+        self.gather_distributed = gather_distributed
         self.temperature = temperature
         self.sigma = sigma
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """out0, out1: [B, D] with B ≥ 2 -> the mean loss."""
-        return fused_dclw(out0, out1, temperature=self.temperature, sigma=self.sigma)
+        group = all_processes(self.gather_distributed)
+        return fused_dclw(
+            out0, out1, temperature=self.temperature, sigma=self.sigma, process_group=group
+        )

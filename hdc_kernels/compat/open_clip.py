@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from hdc_kernels import reference
 from hdc_kernels.clip import fused_clip
-from hdc_kernels.compat import refuse_distributed
+from hdc_kernels.compat import all_processes
 from hdc_kernels.siglip import fused_siglip
 
 
@@ -12,8 +12,11 @@ class ClipLoss(nn.Module):
     """`fused_clip` of features that are normalised already, with a scale that is exponentiated already.
 
     Args:
-        local_loss, gather_with_grad, rank, world_size, use_horovod: must be as in a single process. (With
-            several, open_clip's own defaults give the features half their gradient, or a quarter with four.)
+        rank, world_size: those of `torch.distributed`, whose processes' batches are then one.
+        local_loss, gather_with_grad: have no effect: value and gradients are always those of the global batch, in
+            time and memory those of a local loss. open_clip's gradients are the same with `gather_with_grad`;
+            without it, two processes get half of the features' gradient, and with `local_loss` a wrong one.
+        use_horovod: must be False.
         cache_labels: has no effect, there are no labels.
     """
 
@@ -27,13 +30,10 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        refuse_distributed(
-            local_loss=(local_loss, False),
-            gather_with_grad=(gather_with_grad, False),
-            rank=(rank, 0),
-            world_size=(world_size, 1),
-            use_horovod=(use_horovod, False),
-        )
+        if use_horovod:
+            raise ValueError("use_horovod is True; only torch.distributed is supported")
+        _check_processes(rank, world_size)
+        self.world_size = world_size
 
     def forward(
         self,
@@ -50,7 +50,11 @@ class ClipLoss(nn.Module):
         if isinstance(logit_scale, Tensor):
             logit_scale = logit_scale.to(reference.compute_dtype(logit_scale.dtype))
         loss = fused_clip(
-            image_features, text_features, temperature=1 / logit_scale, normalize=False
+            image_features,
+            text_features,
+            temperature=1 / logit_scale,
+            normalize=False,
+            process_group=all_processes(self.world_size > 1),
         )
         if isinstance(logit_bias, Tensor):  # a parameter without any gradient would stop DDP
             loss = loss + 0 * logit_bias.sum()
@@ -61,7 +65,7 @@ class SigLipLoss(nn.Module):
     """`fused_siglip` of features that are normalised already, with a scale that is exponentiated already.
 
     Args:
-        rank, world_size: must be as in a single process.
+        rank, world_size: those of `torch.distributed`, whose processes' batches are then one.
         cache_labels, dist_impl: have no effect.
     """
 
@@ -73,7 +77,8 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
     ) -> None:
         super().__init__()
-        refuse_distributed(rank=(rank, 0), world_size=(world_size, 1))
+        _check_processes(rank, world_size)
+        self.world_size = world_size
 
     def forward(
         self,
@@ -92,5 +97,16 @@ class SigLipLoss(nn.Module):
             temperature=1 / logit_scale,
             bias=0.0 if logit_bias is None else logit_bias,
             normalize=False,
+            process_group=all_processes(self.world_size > 1),
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_processes(rank: int, world_size: int) -> None:
+    group = all_processes(world_size > 1)
+    found = (1, 0) if group is None else (group.size(), group.rank())
+    if (world_size, rank) != found:
+        raise ValueError(
+            f"world_size is {world_size} and rank {rank}; they must be those of torch.distributed, "
+            f"{found[0]} and {found[1]}"
+        )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from hdc_kernels.backends import Mask
 from hdc_kernels.checks import check_choice, check_temperature
-from hdc_kernels.compat import refuse_distributed
+from hdc_kernels.compat import all_processes
+from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.in_chunks import InChunks
 from hdc_kernels.info_nce import fused_info_nce
 from hdc_kernels.pairwise import logsumexp
@@ -29,6 +31,7 @@ def multiple_negatives_ranking(
     similarity_fct: Similarity = "cos_sim",
     directions: Sequence[Direction] = ("query_to_doc",),
     partition_mode: PartitionMode = "joint",
+    process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """InfoNCE of queries and documents; everybody's hard negatives are negatives of every query.
 
@@ -41,6 +44,7 @@ def multiple_negatives_ranking(
             document i with all queries; "doc_to_doc" document i with those of other queries.
         partition_mode: "joint" is one sum over all directions. "per_direction" is the mean of the losses of each,
             which only "query_to_doc" and "doc_to_query" have.
+        process_group: as in `fused_info_nce`.
 
     Returns:
         The mean loss: float64 for float64 inputs, float32 for all others.
@@ -63,21 +67,32 @@ def multiple_negatives_ranking(
     }
     others = set(directions) - {"query_to_doc"}
     if not others:
-        return fused_info_nce(queries, documents, **options)
+        return fused_info_nce(queries, documents, process_group=process_group, **options)
     if partition_mode == "per_direction":
-        forth = fused_info_nce(queries, documents, **options)
-        return (forth + fused_info_nce(positives, queries, **options)) / 2
+        forth = fused_info_nce(queries, documents, process_group=process_group, **options)
+        back = fused_info_nce(positives, queries, process_group=process_group, **options)
+        return (forth + back) / 2
+    all_queries, rows = queries, torch.arange(len(queries), device=queries.device)
+    across: Rows | None = None
+    if process_group is not None:
+        (across,) = meet(process_group, queries.device, len(queries))
+        across.ranks.refuse_ring("joint directions have none")
+        all_queries, *columns = across.gather(*embeddings)
+        documents, rows = torch.cat(columns), across.numbers(queries.device)
+        if not len(queries):
+            tensors = (queries, positives, all_queries, documents, scale)
+            return across.reduce(across.nothing(*tensors), "mean")
     sums = [logsumexp(queries, documents, mask=Mask(diagonal=False), **options)]
     if "query_to_query" in others:
-        sums.append(logsumexp(queries, queries, mask=Mask(diagonal=False), **options))
+        sums.append(logsumexp(queries, all_queries, mask=Mask(diagonal=False), **options))
     if "doc_to_query" in others:  # the pair itself once more, as a negative
-        sums.append(logsumexp(positives, queries, **options))
+        sums.append(logsumexp(positives, all_queries, **options))
     if "doc_to_doc" in others:
-        rows = torch.arange(len(queries), device=queries.device).unsqueeze(0)
-        owners = Mask(ids=(rows, rows.repeat(1, len(embeddings) - 1)))
-        sums.append(logsumexp(positives, documents, mask=owners, **options))
+        ids = rows[: len(queries)].unsqueeze(0), rows.repeat(len(embeddings) - 1).unsqueeze(0)
+        sums.append(logsumexp(positives, documents, mask=Mask(ids=ids), **options))
     negative = torch.stack(sums).logsumexp(0)
-    return info_nce_terms(negative, positive_logits(queries, positives, **options)).mean()
+    terms = info_nce_terms(negative, positive_logits(queries, positives, **options))
+    return terms.mean() if across is None else across.reduce(terms, "mean")
 
 
 class MultipleNegativesRankingLoss(nn.Module):
@@ -89,7 +104,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     Args:
         model: a SentenceTransformer, or any module from a column's features to {"sentence_embedding": [B, D]}.
         scale, similarity_fct, directions, partition_mode: see `multiple_negatives_ranking`.
-        gather_across_devices: must be False.
+        gather_across_devices: take the batches of all processes as one.
         hardness_mode, hardness_strength: must be None or 0, hardness weights are not supported.
     """
 
@@ -106,7 +121,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check(scale, similarity_fct, directions, partition_mode)
-        refuse_distributed(gather_across_devices=(gather_across_devices, False))
+        self.gather_across_devices = gather_across_devices
         if hardness_mode is not None and hardness_strength != 0:
             raise ValueError(
                 f"hardness_mode is {hardness_mode!r} with hardness_strength {hardness_strength}; hardness weights "
@@ -138,6 +153,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             similarity_fct=self.similarity_fct,
             directions=self.directions,
             partition_mode=self.partition_mode,
+            process_group=all_processes(self.gather_across_devices),
         )
 
     @property
@@ -150,7 +166,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return {
             "scale": float(self.scale),
             "similarity_fct": _name(self.similarity_fct),
-            "gather_across_devices": False,
+            "gather_across_devices": self.gather_across_devices,
             "directions": self.directions,
             "partition_mode": self.partition_mode,
             "hardness_mode": None,

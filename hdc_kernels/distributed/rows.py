@@ -1,0 +1,149 @@
+"""Whose rows are where: the parts of a batch on the ranks of a group, gathered and summed."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdc_kernels import reference
+from hdc_kernels.distributed.collectives import all_gather, all_reduce
+from hdc_kernels.distributed.gather import Gather
+from hdc_kernels.distributed.ranks import ProcessGroups, Ranks, as_ranks
+
+
+class Rows(NamedTuple):
+    """How many rows of some embeddings each rank has. Gathered rows come as this rank's own, then all others."""
+
+    ranks: Ranks
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """On all ranks together."""
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> int:
+        """On this rank."""
+        return self.sizes[self.ranks.group.rank()]
+
+    def times(self, factor: int) -> "Rows":
+        """Of so many rows for each of these."""
+        return Rows(self.ranks, tuple(factor * size for size in self.sizes))
+
+    def gather(self, *embeddings: Tensor) -> tuple[Tensor, ...]:
+        """Each [own, ...] -> [size, ...], by one collective; gradients come back summed over all ranks."""
+        shapes = [x.shape[1:] for x in embeddings]
+        flat = [
+            x.reshape(x.shape[0], shape.numel())
+            for x, shape in zip(embeddings, shapes, strict=True)
+        ]
+        packed = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+        ranks = self.ranks
+        found = Gather.apply(packed, ranks.group, self.sizes, ranks.wire_dtype)
+        parts = found.split([x.shape[1] for x in flat], 1)
+        return tuple(
+            part.reshape(self.size, *shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+
+    def gather_integers(self, labels: Tensor) -> Tensor:
+        """[own] -> [size]."""
+        return Gather.apply(labels.unsqueeze(1), self.ranks.group, self.sizes, None).squeeze(1)
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """[own, ...] -> [size, ...] without gradients, in the same order on every rank."""
+        (found,) = self.gather(x.detach())
+        return found.roll(sum(self.sizes[: self.ranks.group.rank()]), 0)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """[size] integers, one for each gathered row, the same on every rank for the same row."""
+        first = sum(self.sizes[: self.ranks.group.rank()])
+        return torch.arange(self.size, device=device).roll(-first)
+
+    def nothing(self, *tensors: Tensor | float | None) -> Tensor:
+        """The terms of no rows, [0], with a gradient of 0 for each tensor: a rank without rows takes part."""
+        empty = [t.flatten()[:0] for t in tensors if isinstance(t, Tensor)]
+        dtype = reference.compute_dtype(empty[0].dtype)
+        return torch.stack([x.to(dtype) for x in empty]).sum(0)
+
+    def reduce(self, terms: Tensor, reduction: str, count: int | Tensor | None = None) -> Tensor:
+        """As `reference.reduce` over the terms of all ranks; `count` of them, one for each row if not given."""
+        if reduction == "none":
+            return self.local(terms)
+        total = self.total(terms.sum())
+        return total / (self.size if count is None else count) if reduction == "mean" else total
+
+    def total(self, share: Tensor) -> Tensor:
+        """The sum over all ranks, of which each differentiates W times its own share: for a loss."""
+        return Total.apply(share, self.ranks.group)
+
+    def local(self, terms: Tensor) -> Tensor:
+        """This rank's terms, of which W times the upstream gradient is taken."""
+        return Local.apply(terms, self.ranks.group.size())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, as a part of each rank's loss: its gradients are summed, too."""
+        return Sum.apply(x, self.ranks.group)
+
+
+def meet(process_group: ProcessGroups, device: torch.device, *counts: int) -> tuple[Rows, ...]:
+    """The rows on every rank, of one or more kinds of embeddings on `device` of which this one has so many.
+
+    Raises:
+        TypeError: for anything that is no process group.
+        ValueError: where no rank has rows of the first kind.
+    """
+    ranks = as_ranks(process_group)
+    group = ranks.group
+    if ranks.even_batches:
+        sizes = [(count,) * group.size() for count in counts]
+    else:
+        own = torch.tensor([counts], device=device)
+        found = all_gather(own, group, "the batch sizes").tolist()
+        sizes = [tuple(rank[kind] for rank in found) for kind in range(len(counts))]
+    if not sum(sizes[0]):
+        raise ValueError("the batches of all ranks are empty; one at least must have a row")
+    return tuple(Rows(ranks, each) for each in sizes)
+
+
+class Total(torch.autograd.Function):
+    """Σ over ranks forward, W · upstream backward."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: Any) -> Tensor:
+        ctx.ranks = group.size()
+        return all_reduce(share, group, "its share of the loss")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream * ctx.ranks, None
+
+
+class Local(torch.autograd.Function):
+    """Nothing forward, W · upstream backward."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return terms.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream * ctx.ranks, None
+
+
+class Sum(torch.autograd.Function):
+    """Σ over ranks forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group, "its sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(upstream, ctx.group, "the gradient of its sum"), None

@@ -1,0 +1,50 @@
+"""Several processes for tests of what they do together: all checks of one world size in one start."""
+
+import json
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+Check = Callable[[int, int], None]  # (rank, world size)
+
+
+def run(checks: dict[str, Check], world_size: int, folder: Path) -> dict[str, str]:
+    """Every check on every rank, in turn -> what went wrong, by check; empty if nothing did.
+
+    The first that fails ends them all: what the ranks would send each other from then on is anybody's guess.
+    """
+    arguments = (checks, world_size, str(folder))
+    torch.multiprocessing.spawn(_worker, arguments, nprocs=world_size, daemon=True)
+    files = [folder / f"{rank}.json" for rank in range(world_size)]
+    found = [json.loads(file.read_text()) for file in files]
+    return {
+        name: "\n".join(filter(None, (one.get(name, "was not run") for one in found)))
+        for name in checks
+    }
+
+
+def _worker(rank: int, checks: dict[str, Check], world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=30),
+    )
+    results = {}
+    for name, check in checks.items():
+        try:
+            check(rank, world_size)
+        except Exception:
+            results[name] = f"rank {rank}: {traceback.format_exc()}"
+            break
+        results[name] = ""
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    if not any(results.values()):
+        dist.barrier()
+        dist.destroy_process_group()
