@@ -1,0 +1,140 @@
+"""What run folders hold: the files that the commands write, read and checked."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hdc import journal
+from hdc.data.clips import Unreadable
+from hdc.errors import InputError
+
+CONFIG, DEMO = "config.yaml", "results.json"
+# What must be in a command's result for a page to be made of it.
+RESULTS = {
+    "test.json": ("video_accuracy", "clip_accuracy", "videos", "clips", "split", "predictions"),
+    "probe.json": ("test_accuracy", "train_accuracy", "label", "split"),
+    "retrieval.json": ("accuracy", "label", "split", "queries", "gallery", "nearest"),
+}
+FILES = (journal.FILE, CONFIG, DEMO, *RESULTS)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one folder holds; empty for what it does not.
+
+    name: the folder's.
+    lines: the log's lines of numbers, one per logged step.
+    demo, test, probe, retrieval: the commands' summaries.
+    unreadable: videos that training or evaluation left out, each once.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    demo: dict[str, Any]
+    test: dict[str, Any]
+    probe: dict[str, Any]
+    retrieval: dict[str, Any]
+    unreadable: list[Unreadable]
+
+    @property
+    def kind(self) -> str:
+        """Which training command wrote the configuration."""
+        return "pretrain" if "objective" in self.config else "finetune"
+
+
+def read_records(run: Path) -> list[Record]:
+    """The folder itself, if it is a run, and the runs that lie in it.
+
+    Raises:
+        InputError: there is none, or a file is not what hdc-train writes.
+    """
+    if not run.is_dir():
+        raise InputError(f"there is no folder {run}")
+    try:
+        folders = [run, *sorted(path for path in run.iterdir() if path.is_dir())]
+        found = [folder for folder in folders if any((folder / name).exists() for name in FILES)]
+    except OSError as error:
+        raise InputError(f"cannot read {run}: {(error.strerror or str(error)).lower()}") from error
+    if not found:
+        raise InputError(f"{run} is no run: neither it nor a folder in it has {', '.join(FILES)}")
+    return [read_record(folder) for folder in found]
+
+
+def read_record(folder: Path) -> Record:
+    """What the folder itself holds.
+
+    Raises:
+        InputError: a file is not what hdc-train writes.
+    """
+    log = [line for line in _log(folder / journal.FILE) if isinstance(line, dict)]
+    test, probe, retrieval = (_result(folder / name, keys) for name, keys in RESULTS.items())
+    left_out = [
+        *((line["skipped"], line.get("reason")) for line in log if "skipped" in line),
+        *(
+            (entry.get("path"), entry.get("reason"))
+            for result in (test, probe, retrieval)
+            for entry in result.get("unreadable", [])
+        ),
+    ]
+    return Record(
+        name=folder.resolve().name,
+        folder=folder,
+        config=read_config(folder / CONFIG),
+        lines=[line for line in log if "loss" in line],
+        demo=_result(folder / DEMO, ("models",)),
+        test=test,
+        probe=probe,
+        retrieval=retrieval,
+        unreadable=[Unreadable(str(p), str(reason)) for p, reason in dict(left_out).items()],
+    )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values under dotted names, in their order."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's configuration; empty where there is none."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} was not written by hdc-train")
+    return config
+
+
+def manifest_file(data: str) -> Path:
+    """The manifest that `data` names, itself or by its folder."""
+    path = Path(data)
+    return path / "manifest.csv" if path.is_dir() else path
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    try:
+        return journal.read(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _result(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(result, dict) or any(key not in result for key in keys):
+        raise InputError(f"{path} was not written by hdc-train; it must have {', '.join(keys)}")
+    return result
