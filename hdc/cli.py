@@ -1,7 +1,8 @@
-"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, and prepare before them.
+"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, prepare before
+them, report and export after them.
 
 Exit codes: 0 done, 1 `prepare --check` found differences, 2 something given was wrong (one line on stderr
-says what), 130 interrupted.
+says what), 3 another process of a run under torchrun died or hangs, 130 interrupted.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.table import Table
 
-from hdc import atomic
+from hdc import atomic, distributed
 from hdc.config import (
     CommandConfig,
     FinetuneConfig,
@@ -29,12 +30,14 @@ from hdc.data.prepare import BAD_FILES, DATASETS, LOG, MISSING, PrepareConfig, c
 from hdc.data.ucf101 import index_ucf101
 from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
+from hdc.export import export
 from hdc.finetune import finetune
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
 from hdc.progress import ProgressBar, console
 from hdc.recognition import test
+from hdc.report import ReportConfig, report
 from hdc.retrieval import retrieve
 from hdc.training import TrainedRun
 
@@ -125,6 +128,25 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
     return 0
 
 
+def run_report(config: ReportConfig, run: str) -> None:
+    """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
+    path = report(Path(run), config)
+    size = path.stat().st_size / 1024
+    console.print(f"wrote {path} ({size:,.0f} KiB)", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Nothing to choose."""
+
+
+def run_export(config: ExportConfig, run: str, target: str) -> None:
+    """Write a run's encoder as safetensors, with a model card."""
+    path = export(Path(run), Path(target))
+    for line in (f"wrote {path}", f'next: hdc.load_backbone("{target}") in Python'):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One subcommand: its configuration and what it runs. The docstring of `run` is its summary.
@@ -173,6 +195,21 @@ COMMANDS = {
             Place("DST", "the folder to write; killed at any moment, the same command goes on"),
         ),
     ),
+    "report": Command(
+        ReportConfig,
+        run_report,
+        "hdc-train report runs/demo",
+        (Place("RUN", "the folder of a run, or of several"),),
+    ),
+    "export": Command(
+        ExportConfig,
+        run_export,
+        "hdc-train export runs/pretrain models/hdc",
+        (
+            Place("RUN", "the folder of a pretraining or finetuning run"),
+            Place("DST", "the folder to write"),
+        ),
+    ),
 }
 
 
@@ -180,28 +217,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every mistake of the user into one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(overview())
-            return 0
-        name, *options = arguments
-        if name not in COMMANDS:
-            raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
-        command = COMMANDS[name]
-        config, places = parse(name, command, options)
-        if isinstance(config, CommandConfig | DemoConfig):
-            if not config.out:
-                raise InputError("out is empty; it must name a folder")
-            atomic.check_folder(Path(config.out))
-        return command.run(config, *places) or 0
+        with distributed.session():
+            return _carry_out(arguments)
     except (InputError, argparse.ArgumentError) as error:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
         return 2
+    except distributed.RankLost as error:
+        print(f"hdc-train: {one_line(error)}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print(
             "hdc-train: interrupted; a training run goes on with --resume, prepare by itself",
             file=sys.stderr,
         )
         return 130
+
+
+def _carry_out(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, *options = arguments
+    if name not in COMMANDS:
+        raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    config, places = parse(name, command, options)
+    if distributed.world() > 1 and not isinstance(config, CommandConfig):
+        raise InputError(f"{name} is for one process; start it without torchrun")
+    if isinstance(config, CommandConfig | DemoConfig):
+        if not config.out:
+            raise InputError("out is empty; it must name a folder")
+        distributed.on_rank0(lambda: atomic.check_folder(Path(config.out)))
+    return command.run(config, *places) or 0
 
 
 def overview() -> str:
@@ -317,6 +364,10 @@ def one_line(error: Exception) -> str:
 
 def open_data(config: CommandConfig) -> Manifest:
     """The manifest named by `config.data`; a folder in UCF101's layout is indexed once, into manifest.csv."""
+    return distributed.on_rank0(lambda: _open_data(config))
+
+
+def _open_data(config: CommandConfig) -> Manifest:
     path = Path(config.data)
     if not path.is_dir():
         return read_manifest(path)

@@ -1,6 +1,6 @@
 """Frozen features: one vector per row of a manifest, for retrieval and for the linear probe."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hdc import checkpoint
+from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
 from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import ClipConfig, Unreadable, loop
@@ -91,38 +91,76 @@ class WholeVideos(Dataset[Frames | Unreadable]):
 
 
 def readable_videos(
-    manifest: Manifest, config: CommandConfig, name: str, unreadable: list[Unreadable]
+    manifest: Manifest,
+    rows: Sequence[int],
+    config: CommandConfig,
+    name: str,
+    unreadable: dict[int, Unreadable],
 ) -> Iterator[tuple[int, Frames]]:
-    """(row, frames) of what can be decoded, with a progress bar; the rest is appended to `unreadable`."""
+    """(row, frames) of those of `rows` that can be decoded, with a progress bar; `unreadable` gets the rest."""
     manifest.check_files()
     dataset = WholeVideos(manifest, config.clips)
-    loader = DataLoader(dataset, batch_size=None, num_workers=decoding_workers(config))
-    with ProgressBar(name, len(dataset)) as bar:
-        for row, video in enumerate(loader):
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=rows, num_workers=decoding_workers(config)
+    )
+    with ProgressBar(name, len(rows)) as bar:
+        for row, video in zip(rows, loader, strict=True):
             if isinstance(video, Unreadable):
                 warn(f"skipped {video.path}: {video.reason}")
-                unreadable.append(video)
+                unreadable[row] = video
             else:
                 yield row, np.asarray(video)
             bar.advance()
-    if len(unreadable) == len(dataset):
-        raise InputError(
-            f"no video can be decoded, e.g. {unreadable[0].path}: {unreadable[0].reason}"
-        )
+
+
+def merge_unreadable(own: dict[int, Unreadable], rows: int) -> list[Unreadable]:
+    """The unreadable ones among all `rows`, in their order, from what each rank found.
+
+    Raises:
+        InputError: when they are all of them.
+    """
+    found: dict[int, Unreadable] = {}
+    for part in distributed.gather(own):
+        found |= part
+    for row in sorted(found.keys() - own.keys()):
+        warn(f"skipped {found[row].path}: {found[row].reason}")
+    entries = [found[row] for row in sorted(found)]
+    if len(entries) == rows:
+        raise InputError(f"no video can be decoded, e.g. {entries[0].path}: {entries[0].reason}")
+    return entries
+
+
+def own_rows(clips: Sequence[int], at_once: int) -> list[int]:
+    """The rows that are this rank's, of `len(clips)` rows with so many clips each.
+
+    Rows that are computed together, until there are `at_once` clips, stay together: the last bit of a
+    feature depends on what it shares a batch with. The ranks take turns, so that they end together.
+    """
+    batches: list[list[int]] = [[]]
+    for row in range(len(clips)):
+        if sum(clips[other] for other in batches[-1]) >= at_once:
+            batches.append([])
+        batches[-1].append(row)
+    own = batches[distributed.rank() :: distributed.world()]
+    return [row for batch in own for row in batch]
 
 
 @torch.inference_mode()
 def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part: Part) -> Features:
     """The mean over clips of each video's pooled block-5 features.
 
+    Several processes share the videos, and each of them gets all the features.
     Clips are centre crops at `clip_starts`; "max" pooling is 2 × 2 over space, flattened (9,216 values
     for C3D and R(2+1)D-10, 2,048 for 3D-ResNet18 at 112 × 112), "average" is global (one per channel).
     """
     rows = manifest.rows(part, config.split)
     device = next(backbone.parameters()).device
+    lengths = rows.frames.tolist()
+    frames, count = config.clips.frames, config.clips_per_video
+    own = own_rows([len(clip_starts(n, frames, count)) for n in lengths], CLIPS_AT_ONCE)
     pooled: list[Tensor] = []  # per video [clips, D]
     kept: list[int] = []
-    unreadable: list[Unreadable] = []
+    unreadable: dict[int, Unreadable] = {}
 
     def encode(videos: list[Tensor]) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -131,9 +169,9 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
         pooled.extend(vectors.split([len(video) for video in videos]))
 
     waiting: list[Tensor] = []
-    for row, video in readable_videos(rows, config, f"features of {part} videos", unreadable):
-        starts = clip_starts(len(video), config.clips.frames, config.clips_per_video)
-        clips = np.stack([cut(video, start, config.clips.frames) for start in starts])
+    for row, video in readable_videos(rows, own, config, f"features of {part} videos", unreadable):
+        starts = clip_starts(len(video), frames, count)
+        clips = np.stack([cut(video, start, frames) for start in starts])
         waiting.append(torch.from_numpy(center_square(clips, config.crop_size)))
         kept.append(row)
         if sum(map(len, waiting)) >= CLIPS_AT_ONCE:
@@ -141,8 +179,13 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
             waiting.clear()
     if waiting:
         encode(waiting)
-    vectors = torch.stack([clips.mean(0) for clips in pooled])
-    return Features(vectors, rows.take(np.array(kept)), unreadable)
+    entries = merge_unreadable(unreadable, len(rows))
+    vectors = [clips.mean(0) for clips in pooled]
+    parts = distributed.gather((kept, torch.stack(vectors) if vectors else None))
+    found = np.array([row for numbers, _ in parts for row in numbers])
+    order = np.argsort(found)
+    gathered = torch.cat([part for _, part in parts if part is not None])
+    return Features(gathered[torch.from_numpy(order)], rows.take(found[order]), entries)
 
 
 def _pool(feature_map: Tensor, pooling: str) -> Tensor:

@@ -12,8 +12,8 @@ from hdc.data.manifest import Manifest
 from hdc.device import pick_device
 from hdc.errors import InputError
 from hdc.features import load_encoder
+from hdc.share import Share, augment, dropout
 from hdc.training import TrainedRun, train
-from hdc.views import augment
 
 
 class Classifier(nn.Module):
@@ -22,11 +22,15 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, classes: int, dropout: float) -> None:
         super().__init__()
         self.backbone = backbone
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.classifier = nn.Linear(backbone.channels[5], classes)
 
-    def forward(self, clips: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.backbone(clips)[5].mean((2, 3, 4))))
+    def forward(self, clips: Tensor, share: Share | None = None) -> Tensor:
+        """`share` says which clips these are, for the dropout in training."""
+        features = self.backbone(clips)[5].mean((2, 3, 4))
+        if share:
+            features = dropout(features, self.dropout, share)
+        logits: Tensor = self.classifier(features)
         return logits
 
 
@@ -50,11 +54,12 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
     dataset = TrainingClips(videos, ids, config.clips, views=1, seed=config.seed)
 
     def step_loss(
-        clips: Tensor, labels: Tensor, generator: Generator
+        model: nn.Module, clips: Tensor, labels: Tensor, generator: Generator, share: Share
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logits = model(augment(clips[0], config.augment, generator)).float()
+        logits = model(augment(clips[0], config.augment, generator, share), share).float()
         accuracy = (logits.argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+        loss = F.cross_entropy(logits, labels)
+        return loss * share.weight, {"accuracy": share.weigh(accuracy)}
 
     return train("finetune", config, model, dataset, step_loss, {"classes": list(names)}, _status)
 

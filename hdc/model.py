@@ -40,6 +40,10 @@ class HDC(nn.Module):
             layers = {str(k): nn.Linear(backbone.channels[k], dim) for k in sorted(scales)}
             return nn.ModuleDict(layers)
 
+        for block in range(
+            max([*spatial_scales, *temporal_scales]) + 1, 6
+        ):  # no pair comes from there
+            getattr(backbone, f"block{block}").requires_grad_(False)
         self.project_o = projections({*spatial_scales, *temporal_scales})
         self.project_s = projections(set(spatial_scales))
         self.project_t = projections(set(temporal_scales))

@@ -4,16 +4,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from hdc import distributed
 from hdc.backbones import build_backbone
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips
 from hdc.data.manifest import Manifest
 from hdc.device import pick_device
-from hdc.model import HDC
+from hdc.model import HDC, Pair
+from hdc.share import Share, augment
 from hdc.training import TrainedRun, train
-from hdc.views import augment
 from hdc_kernels import fused_hd_nce
 
 
@@ -38,18 +39,18 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
     )
 
     def step_loss(
-        clips: Tensor, labels: Tensor, generator: Generator
+        model: nn.Module, clips: Tensor, labels: Tensor, generator: Generator, share: Share
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        views = make_views(clips, config, generator)
-        spatial, temporal = model(*views)
+        spatial, temporal = model(*make_views(clips, config, generator, share))
         loss, metrics = fused_hd_nce(
-            spatial,
-            temporal,
+            _rows(spatial, share),
+            _rows(temporal, share),
             alpha=objective.alpha,
             beta=objective.beta,
             temperature=objective.temperature,
             reduction=objective.reduction,
             return_metrics=True,
+            process_group=distributed.group(),
         )
         values: dict[str, Tensor] = {}
         for task, scales, losses, accuracies in (
@@ -62,31 +63,35 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
             ),
         ):
             for k, task_loss, accuracy in zip(scales, losses, accuracies, strict=True):
-                values[f"{task}{k}_loss"] = task_loss
-                values[f"{task}{k}_accuracy"] = accuracy
+                values[f"{task}{k}_loss"] = share.weigh(task_loss)
+                values[f"{task}{k}_accuracy"] = share.weigh(accuracy)
         return loss, values
 
     return train("pretrain", config, model, dataset, step_loss, {}, _status)
 
 
 def make_views(
-    clips: Tensor, config: PretrainConfig, generator: Generator
+    clips: Tensor, config: PretrainConfig, generator: Generator, share: Share
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The views o, s and t of uint8 clips [V, B, T, H, W, 3]; V is 2 where Temporal Contrast asks for t.
 
     o and s come from the first clip, t from the second. s is None without Spatial Contrast.
     """
     objective = config.objective
-    view_o = augment(clips[0], config.augment, generator)
+    view_o = augment(clips[0], config.augment, generator, share)
     view_s = view_t = None
     if objective.spatial_scales:
-        view_s = augment(clips[0], config.augment, generator)
+        view_s = augment(clips[0], config.augment, generator, share)
     if objective.temporal_scales:
         plain = config.augment.center_only()
         view_t = augment(
-            clips[1], config.augment if objective.augment_temporal else plain, generator
+            clips[1], config.augment if objective.augment_temporal else plain, generator, share
         )
     return view_o, view_s, view_t
+
+
+def _rows(pairs: list[Pair], share: Share) -> list[Pair]:
+    return [(query[: share.count], key[: share.count]) for query, key in pairs]
 
 
 def _status(values: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdc import atomic
+from hdc import atomic, distributed
 from hdc.config import ProbeConfig
 from hdc.data.manifest import Manifest
 from hdc.errors import InputError
@@ -78,7 +78,7 @@ def probe(config: ProbeConfig, manifest: Manifest) -> ProbeResult:
     backbone = load_encoder(config, config.checkpoint)
     train = extract(config, backbone, manifest, "train")
     test = extract(config, backbone, manifest, "test")
-    result = score(train, test, manifest, config.label, config.l2)
+    result = distributed.on_rank0(lambda: score(train, test, manifest, config.label, config.l2))
     summary = {
         "checkpoint": config.checkpoint,
         "label": config.label,
@@ -87,5 +87,5 @@ def probe(config: ProbeConfig, manifest: Manifest) -> ProbeResult:
         "test_accuracy": result.test_accuracy,
         "unreadable": [entry._asdict() for entry in (*train.unreadable, *test.unreadable)],
     }
-    atomic.write_json(Path(config.out) / "probe.json", summary)
+    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "probe.json", summary))
     return result

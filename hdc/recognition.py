@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdc import atomic, checkpoint
+from hdc import atomic, checkpoint, distributed
 from hdc.backbones import build_backbone
 from hdc.config import TestConfig
 from hdc.data.clips import Unreadable
 from hdc.data.manifest import Manifest
 from hdc.data.video import Frames
 from hdc.device import pick_device
-from hdc.features import cut, readable_videos
+from hdc.features import cut, merge_unreadable, own_rows, readable_videos
 from hdc.finetune import Classifier
 from hdc.views import center_square, to_unit_range
 
@@ -67,7 +67,10 @@ def load_classifier(config: TestConfig) -> tuple[Classifier, tuple[str, ...]]:
 
 @torch.inference_mode()
 def test(config: TestConfig, manifest: Manifest) -> TestResult:
-    """Classify every test video; writes `test.json` into `config.out`, one entry per video."""
+    """Classify every test video; writes `test.json` into `config.out`, one entry per video.
+
+    Several processes share the videos, and each of them gets the whole result.
+    """
     model, classes = load_classifier(config)
     device = next(model.parameters()).device
     videos = manifest.rows("test", config.split)
@@ -77,24 +80,28 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return model(to_unit_range(crops.to(device))).float().softmax(1).cpu()
 
-    predictions: list[tuple[int, int]] = []  # row, class
-    clip_hits: list[Tensor] = []
-    unreadable: list[Unreadable] = []
-    for row, video in readable_videos(videos, config, "test", unreadable):
+    # Per video its row, its class, and for each clip whether it was recognised.
+    own: list[tuple[int, int, list[bool]]] = []
+    skipped: dict[int, Unreadable] = {}
+    rows = own_rows([1] * len(videos), 1)
+    for row, video in readable_videos(videos, rows, config, "test", skipped):
         clips = non_overlapping(video, config.clips.frames)
         crops = np.stack([five_crops(c, config.crop_size, corners=config.corners) for c in clips])
         flat = torch.from_numpy(crops).flatten(0, 1)
         per_crop = torch.cat([scores(chunk) for chunk in flat.split(config.crop_batch)])
         per_clip = per_crop.view(len(clips), 5, -1).mean(1)
-        clip_hits.append(per_clip.argmax(1) == int(ids[row]))
-        predictions.append((row, int(per_clip.mean(0).argmax())))
+        hits = (per_clip.argmax(1) == int(ids[row])).tolist()
+        own.append((row, int(per_clip.mean(0).argmax()), hits))
 
-    video_hits = [predicted == int(ids[row]) for row, predicted in predictions]
+    unreadable = merge_unreadable(skipped, len(videos))
+    tested = sorted(video for part in distributed.gather(own) for video in part)
+    video_hits = [predicted == int(ids[row]) for row, predicted, _ in tested]
+    clip_hits = [hit for _, _, hits in tested for hit in hits]
     result = TestResult(
         video_accuracy=sum(video_hits) / len(video_hits),
-        clip_accuracy=torch.cat(clip_hits).double().mean().item(),
-        videos=len(predictions),
-        clips=sum(map(len, clip_hits)),
+        clip_accuracy=sum(clip_hits) / len(clip_hits),
+        videos=len(tested),
+        clips=len(clip_hits),
         unreadable=unreadable,
     )
     summary = {
@@ -111,8 +118,8 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
                 "class": classes[ids[row]],
                 "predicted": classes[predicted],
             }
-            for row, predicted in predictions
+            for row, predicted, _ in tested
         ],
     }
-    atomic.write_json(Path(config.out) / "test.json", summary)
+    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "test.json", summary))
     return result

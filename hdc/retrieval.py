@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdc import atomic
+from hdc import atomic, distributed
 from hdc.config import RetrieveConfig
 from hdc.data.manifest import Manifest
 from hdc.features import Features, extract, load_encoder
@@ -87,5 +87,5 @@ def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
             for row, found in enumerate(result.neighbors[:, 0].tolist())
         ],
     }
-    atomic.write_json(Path(config.out) / "retrieval.json", summary)
+    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "retrieval.json", summary))
     return result

@@ -2,7 +2,8 @@
 
 A step depends on the weights, the optimizer's buffers and its own number, on nothing else: batches,
 crops and dropout are drawn from (seed, step). So a run that is killed at any moment and resumed from
-its last checkpoint goes through the same weights as one that was not.
+its last checkpoint goes through the same weights as one that was not. Several processes share each batch
+(`hdc.share`), average their gradients, and so hold the same weights; the first of them writes.
 """
 
 import math
@@ -17,17 +18,22 @@ import torch
 import yaml
 from torch import Generator, Tensor, nn
 
-from hdc import atomic, checkpoint
+from hdc import atomic, checkpoint, distributed
 from hdc.config import TrainConfig
 from hdc.data.clips import Batch, TrainingClips, Unreadable, training_loader
 from hdc.device import decoding_workers
 from hdc.errors import InputError
 from hdc.journal import Journal
 from hdc.optimizer import build_optimizer, set_rate
-from hdc.progress import ProgressBar, warn
+from hdc.progress import ProgressBar, console, warn
+from hdc.share import Share
 
-# (clips uint8 [V, B, T, H, W, 3], labels [B], generator) -> (loss, detached values to log)
-StepLoss = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Mapping[str, Tensor]]]
+# (model, clips uint8 [V, B, T, H, W, 3], labels [B], generator, share of the batch)
+# -> (loss, detached values to log), of which the mean over the ranks counts. A share without clips comes
+# with one black clip, whose gradient must be 0: every rank takes part in every step.
+StepLoss = Callable[
+    [nn.Module, Tensor, Tensor, Generator, Share], tuple[Tensor, Mapping[str, Tensor]]
+]
 
 # What may differ between a run and its continuation without changing what a step computes.
 FREE_ON_RESUME = {"out", "resume", "epochs", "workers", "device", "checkpoint_every", "log_every"}
@@ -58,7 +64,7 @@ def train(
         config: stored in the checkpoint and in `out/config.yaml`.
         model: already on its device.
         dataset: its seed decides the batches.
-        step_loss: loss and values to log of one batch.
+        step_loss: loss and values to log of one batch, or of this rank's share of it.
         extra: plain values to store beside the model, such as class names.
         status: words the logged values for the progress bar.
 
@@ -70,8 +76,10 @@ def train(
     path = out / checkpoint.FILE
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optimizer)
-    resumed = path.exists()
-    step, unreadable = _restore(kind, config, path, model, optimizer)
+    state = distributed.on_rank0(lambda: _stored(kind, config, path))
+    step, unreadable = _restore(state, config, path, model, optimizer)
+    network = distributed.parallel(model)
+    first = distributed.rank() == 0
 
     loader = training_loader(
         dataset,
@@ -80,10 +88,13 @@ def train(
         first_step=step,
         workers=decoding_workers(config),
         pin_memory=device.type == "cuda",
+        rank=distributed.rank(),
+        ranks=distributed.world(),
     )
     total = step + len(loader)
     stored = asdict(config)
-    atomic.write_text(out / "config.yaml", yaml.safe_dump(_plain(stored), sort_keys=False))
+    if first:
+        atomic.write_text(out / "config.yaml", yaml.safe_dump(_plain(stored), sort_keys=False))
 
     def save() -> None:
         weights = model.state_dict()
@@ -102,14 +113,16 @@ def train(
             },
         )
 
-    def update(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def update(batch: Batch, share: Share) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if share.count == 0:
+            batch = dataset.black_clip()
         clips = batch.clips.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         value = step_seed(config.seed, step)
         torch.manual_seed(value)  # dropout, on every device
         generator = Generator().manual_seed(value)  # augmentations
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, values = step_loss(clips, labels, generator)
+            loss, values = step_loss(network, clips, labels, generator, share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.optimizer.clip_norm is not None:
@@ -118,44 +131,48 @@ def train(
         return loss.detach(), values
 
     metrics: dict[str, float] = {}
-    journal = Journal(out, step)
+    journal = Journal(out, step) if first else None
     model.train()
     with ProgressBar(kind, total, step) as bar:
         clips_done, since = 0, time.perf_counter()
         for batch in loader:
-            for entry in batch.unreadable:
+            share, skipped = _share(batch)
+            for entry in skipped:
                 if entry.path not in unreadable:
                     warn(f"skipped {entry.path}: {entry.reason}")
-                    journal.write(step, skipped=entry.path, reason=entry.reason)
+                    if journal:
+                        journal.write(step, skipped=entry.path, reason=entry.reason)
                 unreadable[entry.path] = entry
             rate = set_rate(optimizer, config.optimizer, step)
-            if len(batch.labels) >= 2:
-                loss, values = update(batch)
-                clips_done += batch.clips.shape[0] * batch.clips.shape[1]
+            if share.total >= 2:
+                loss, values = update(batch, share)
+                clips_done += dataset.views * share.total
                 if step % config.log_every == 0 or step + 1 == total:
-                    metrics = {"loss": loss.item(), **{k: v.item() for k, v in values.items()}}
+                    metrics = distributed.average({"loss": loss, **values})
                     if not math.isfinite(metrics["loss"]):
                         raise _diverged(step, path)
                     speed = clips_done / (time.perf_counter() - since)
-                    journal.write(
-                        step,
-                        epoch=step // (len(dataset) // config.batch_size),
-                        lr=rate,
-                        clips_per_second=round(speed, 1),
-                        **metrics,
-                    )
+                    if journal:
+                        journal.write(
+                            step,
+                            epoch=step // (len(dataset) // config.batch_size),
+                            lr=rate,
+                            clips_per_second=round(speed, 1),
+                            **metrics,
+                        )
                     bar.advance(0, f"{status(metrics)}  {speed:.0f} clips/s")
             elif step == 0 and len(unreadable) >= config.batch_size:
                 raise InputError(
                     f"no video of the first batch can be decoded, e.g. {_first(unreadable)}"
                 )
             step += 1
-            if step % config.checkpoint_every == 0 and step < total:
+            if first and step % config.checkpoint_every == 0 and step < total:
                 save()
             bar.advance()
-        if not (resumed and len(loader) == 0):  # a finished run is left as it is
-            save()
-    journal.close()
+        if not (state and len(loader) == 0):  # a finished run is left as it is
+            distributed.on_rank0(save)
+    if journal:
+        journal.close()
     if unreadable:
         videos = (
             "1 unreadable video was"
@@ -172,17 +189,20 @@ def step_seed(seed: int, step: int) -> int:
     return int(state[0]) >> 1
 
 
-def _restore(
-    kind: checkpoint.Kind,
-    config: TrainConfig,
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict[str, Unreadable]]:
-    """The step to go on from, and the unreadable videos found before it."""
+def _share(batch: Batch) -> tuple[Share, list[Unreadable]]:
+    """Which of the step's readable clips are in `batch`, and what no rank could read."""
+    counts = distributed.gather_numbers(len(batch.labels), len(batch.unreadable))
+    share = Share.of([readable for readable, _ in counts], distributed.rank())
+    if not any(unreadable for _, unreadable in counts):
+        return share, []
+    return share, [entry for part in distributed.gather(batch.unreadable) for entry in part]
+
+
+def _stored(kind: checkpoint.Kind, config: TrainConfig, path: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if there is one."""
     if not path.exists():
-        return 0, {}
-    if not config.resume:
+        return None
+    if not (config.resume or distributed.restarted()):
         raise InputError(f"{path} exists; add --resume to go on with it, or choose another --out")
     state = checkpoint.load(path, kind)
     ours, theirs = asdict(config), state["config"]
@@ -196,9 +216,24 @@ def _restore(
             f"{path} was made with another {', '.join(different)}; "
             f"repeat its settings with --config {path.parent / 'config.yaml'}"
         )
-    checkpoint.load_strict(model, state["model"], str(path), f"backbone {config.backbone}")
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], {entry[0]: Unreadable(*entry) for entry in state["unreadable"]}
+    return state
+
+
+def _restore(
+    state: dict[str, Any] | None,
+    config: TrainConfig,
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, dict[str, Unreadable]]:
+    """The step to go on from, and the unreadable videos found before it."""
+    if state:
+        checkpoint.load_strict(model, state["model"], str(path), f"backbone {config.backbone}")
+        optimizer.load_state_dict(state["optimizer"])
+    step: int = state["step"] if state else 0
+    if distributed.restarted():
+        console.print(f"restarted by torchrun: going on from step {step}", highlight=False)
+    return step, {entry[0]: Unreadable(*entry) for entry in state["unreadable"]} if state else {}
 
 
 def _plain(value: Any) -> Any:

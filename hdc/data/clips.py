@@ -69,14 +69,29 @@ class Key(NamedTuple):
 
 
 class Batches(Sampler[list[Key]]):
-    """The batches of a whole run, each epoch a permutation of the rows; the last, uneven batch is dropped."""
+    """The batches of a whole run, each epoch a permutation of the rows; the last, uneven batch is dropped.
 
-    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int, first_step: int) -> None:
+    Of `ranks` processes each gets a part of every batch: the next rows in its order, as many as the
+    others or one less.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        first_step: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.rows = rows
         self.batch_size = batch_size
         self.epochs = epochs
         self.seed = seed
         self.first_step = first_step
+        self.rank = rank
+        self.ranks = ranks
         self.steps_per_epoch = rows // batch_size
 
     def __len__(self) -> int:
@@ -88,7 +103,8 @@ class Batches(Sampler[list[Key]]):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
             for step in range(skip, self.steps_per_epoch):
                 rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [Key(epoch, int(row)) for row in rows]
+                own = np.array_split(rows, self.ranks)[self.rank]
+                yield [Key(epoch, int(row)) for row in own]
             skip = 0
 
 
@@ -130,6 +146,11 @@ class TrainingClips(Dataset[tuple[Tensor, int] | Unreadable]):
         squares = np.stack([_random_square(clip, rng) for clip in clips])
         return torch.from_numpy(squares), int(self.labels[key.row])
 
+    def black_clip(self) -> Batch:
+        """A batch of one row that shows nothing, of class 0."""
+        shape = (self.views, 1, self.config.frames, self.config.size, self.config.size, 3)
+        return Batch(torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [])
+
     def _starts(self, length: int, rng: np.random.Generator) -> list[int]:
         """First frames of the clips, without repetition where there are enough to choose from."""
         choices = (length - self.config.frames) // self.config.start_every + 1
@@ -167,16 +188,28 @@ def training_loader(
     first_step: int,
     workers: int,
     pin_memory: bool,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> DataLoader[tuple[Tensor, int] | Unreadable]:
-    """Batches from `first_step` to the last step of the last epoch, in an order fixed by the dataset's seed."""
+    """Batches from `first_step` to the last step of the last epoch, in an order fixed by the dataset's seed.
+
+    `batch_size` is that of all `ranks` processes together.
+    """
     if batch_size > len(dataset):
         raise InputError(
             f"batch_size is {batch_size} but {dataset.manifest.source} has only {len(dataset)} "
             "training videos; lower --batch_size"
         )
+    if batch_size < ranks:
+        raise InputError(
+            f"batch_size is {batch_size} but there are {ranks} processes; raise --batch_size, which is that "
+            "of all processes together, or start fewer"
+        )
     return DataLoader(
         dataset,
-        batch_sampler=Batches(len(dataset), batch_size, epochs, dataset.seed, first_step),
+        batch_sampler=Batches(
+            len(dataset), batch_size, epochs, dataset.seed, first_step, rank, ranks
+        ),
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
