@@ -45,10 +45,10 @@ def augment(clips: Tensor, config: AugmentConfig, generator: Generator, share: S
         return views.augment(clips, config, generator)
     height, width = clips.shape[2:4]
     boxes = views.draw_boxes(share.total, height, width, config, generator)
-    colors = views._draw_colors(share.total, config, generator)
+    colors = views.draw_colors(share.total, config, generator)
     boxes, matrix, contrast = (share.pick(drawn, len(clips)) for drawn in (boxes, *colors))
     sampled = views.sample_boxes(clips, boxes.to(clips.device), config.crop_size)
-    return views._recolor(sampled, matrix, contrast)
+    return views.recolor(sampled, matrix, contrast)
 
 
 def dropout(features: Tensor, probability: float, share: Share) -> Tensor:

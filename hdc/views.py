@@ -97,7 +97,7 @@ def augment(clips: Tensor, config: AugmentConfig, generator: Generator) -> Tenso
         )
     boxes = draw_boxes(len(clips), height, width, config, generator)
     views = sample_boxes(clips, boxes.to(clips.device), config.crop_size)
-    return _recolor(views, *_draw_colors(len(clips), config, generator))
+    return recolor(views, *draw_colors(len(clips), config, generator))
 
 
 def center_square(clips: np.ndarray, size: int) -> np.ndarray:
@@ -158,7 +158,7 @@ def sample_boxes(clips: Tensor, boxes: Tensor, size: int) -> Tensor:
     return sampled.view(batch, 3, frames, size, size)
 
 
-def _draw_colors(batch: int, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
+def draw_colors(batch: int, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
     """Per clip a 3×3 matrix on (R, G, B) and the contrast factor: [B, 3, 3], [B]."""
     luma = torch.tensor(LUMA)
     identity = torch.eye(3).expand(batch, 3, 3)
@@ -192,7 +192,7 @@ def _rotate_hue(turns: Tensor) -> Tensor:
     return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
 
 
-def _recolor(views: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
+def recolor(views: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
     """Apply the colour matrix, then the contrast about the clip's mean grey; [0, 255] -> [−1, 1]."""
     pixels = views.flatten(2)
     matrix, contrast = matrix.to(views.device), contrast.to(views.device).view(-1, 1, 1)

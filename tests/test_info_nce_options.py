@@ -321,7 +321,9 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
     found = []
     for function in (compiled, fused_info_nce):
         loss, metrics = function(query, key, return_metrics=True, **options)
-        found.append([loss, metrics.accuracy, metrics.rank, *torch.autograd.grad(loss, (query, key))])
+        found.append(
+            [loss, metrics.accuracy, metrics.rank, *torch.autograd.grad(loss, (query, key))]
+        )
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-14)
 
