@@ -114,6 +114,32 @@ struct Matrix {
 struct Run {
     int64_t task, dtype, normalize, symmetric, threads, bfloat16;
     Layout layout;
+    int64_t function = HDC_INFO_NCE;
+    bool masked = false;  // by all there is: the diagonal, ids and, of one group alone, single entries
+    bool needs_y = true;
+};
+
+// Ids of two kinds in turn, and the last column left out of every row.
+struct Mask {
+    std::vector<std::vector<int64_t>> x_ids, y_ids;
+    std::vector<int64_t> starts, left_out;
+
+    Mask(const std::vector<Shape>& shapes) {
+        for (const Shape& s : shapes) {
+            x_ids.push_back(alternating(s.groups * s.rows));
+            y_ids.push_back(alternating(s.groups * s.columns));
+        }
+        const Shape& s = shapes[0];
+        for (int64_t i = 0; i <= s.rows; i++) starts.push_back(i);
+        left_out.assign(size_t(s.rows), s.columns - 1);
+        for (std::vector<int64_t>* exact : {&starts, &left_out}) exact->shrink_to_fit();
+    }
+
+    static std::vector<int64_t> alternating(int64_t count) {
+        std::vector<int64_t> ids(size_t(count), 0);
+        for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i % 2) << 40;
+        return ids;
+    }
 };
 
 void contrast(const Run& run, const std::vector<Shape>& shapes) {
@@ -129,18 +155,27 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
         matrices.emplace_back(s.groups, s.columns, s.width, gradients, written);
         rows += s.groups * s.rows;
     }
+    const Mask mask(shapes);
+    const bool entries = run.masked && shapes.size() == 1 && shapes[0].groups == 1;
     std::vector<HdcProblem> problems;
     for (size_t k = 0; k < shapes.size(); k++) {
         const Shape& s = shapes[k];
         const Matrix* m = &matrices[4 * k];
         const bool gradients = run.task != HDC_FORWARD;
-        problems.push_back({m[0].view, m[1].view, gradients ? m[2].view : HdcMatrix{}, gradients ? m[3].view : HdcMatrix{},
-                            s.groups, s.rows, s.columns, s.width, 1.5 - double(k)});
+        problems.push_back({m[0].view, m[1].view, gradients ? m[2].view : HdcMatrix{},
+                            gradients && run.needs_y ? m[3].view : HdcMatrix{}, s.groups, s.rows, s.columns, s.width,
+                            1.5 - double(k), run.masked ? mask.x_ids[k].data() : nullptr,
+                            run.masked ? mask.y_ids[k].data() : nullptr, entries ? mask.starts.data() : nullptr,
+                            entries ? mask.left_out.data() : nullptr});
     }
     const Buffer total(1, wide), terms(rows, wide), lse(rows * (1 + run.symmetric), HDC_FLOAT64), slope(1, wide);
     const std::unique_ptr<uint8_t[]> hits(new uint8_t[size_t(rows)]);
-    Buffer upstream(rows, wide);
-    for (int64_t i = 0; i < rows; i++) write_random(upstream.at(i), wide);
+    const std::unique_ptr<int64_t[]> ranks(new int64_t[size_t(rows)]);
+    Buffer upstream(rows, wide), bias(rows, wide);
+    const Buffer d_bias(rows, wide);
+    for (const Buffer* random : {&upstream, &bias})
+        for (int64_t i = 0; i < rows; i++) write_random(random->at(i), wide);
+    std::fill_n(ranks.get(), rows, int64_t(-1));
     std::memset(hits.get(), 0xff, size_t(rows));
 
     HdcCall call{run.task,
@@ -150,12 +185,18 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                  run.threads,
                  int64_t(problems.size()),
                  run.bfloat16,
+                 run.function,
+                 !run.masked,
+                 0,
                  0.5,
                  total.at(0),
                  terms.at(0),
                  hits.get(),
+                 run.function == HDC_INFO_NCE ? ranks.get() : nullptr,
                  reinterpret_cast<double*>(lse.at(0)),
                  nullptr,
+                 nullptr,
+                 run.function == HDC_SOFTPLUS ? bias.at(0) : nullptr,
                  nullptr};
     if (run.task == HDC_BACKWARD) {  // first the logsumexps; the outputs of FORWARD are then no longer allowed
         std::vector<HdcProblem> first = problems;
@@ -165,29 +206,35 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
         call.task = HDC_BACKWARD;
         call.total = call.terms = nullptr;
         call.hits = nullptr;
+        call.ranks = nullptr;
         call.upstream = upstream.at(0);
     }
-    if (run.task != HDC_FORWARD) call.d_temperature = slope.at(0);
+    if (run.task != HDC_FORWARD) call.d_temperature = slope.at(0), call.d_bias = d_bias.at(0);
     if (hdc_contrast(&call, problems.data())) std::exit(1);
 
-    total.require_finite("total");
-    terms.require_finite("terms");
+    const bool may_be_empty = run.masked || run.function == HDC_LOGSUMEXP;  // then a logarithm of 0 is −inf
+    if (!may_be_empty) total.require_finite("total"), terms.require_finite("terms");
     int64_t row = 0;
     for (const Shape& s : shapes)
         for (int64_t i = 0; i < s.groups * s.rows; i++, row++) {
             if (hits[size_t(row)] > 1) std::printf("hits[%ld] was not written\n", long(row)), std::exit(1);
-            for (int64_t side = 0; side <= run.symmetric; side++) {
+            if (run.function == HDC_INFO_NCE && (ranks[row] < 0 || ranks[row] >= s.columns))
+                std::printf("ranks[%ld] is %ld\n", long(row), long(ranks[row])), std::exit(1);
+            for (int64_t side = 0; side <= run.symmetric && run.function != HDC_SOFTPLUS; side++) {
                 double value;
                 std::memcpy(&value, lse.at(side * rows + row), sizeof value);
-                if (s.columns == 1 ? value != -INFINITY : !std::isfinite(value))
+                const bool empty = may_be_empty && value == -INFINITY;
+                const bool alone = s.columns == 1 && run.function == HDC_INFO_NCE;
+                if (!empty && (alone ? value != -INFINITY : !std::isfinite(value)))
                     std::printf("lse[%ld, %ld] is %g\n", long(side), long(row), value), std::exit(1);
             }
         }
     if (run.task == HDC_FORWARD) return;
     slope.require_finite("d_temperature");
+    if (run.function == HDC_SOFTPLUS) d_bias.require_finite("d_bias");
     for (size_t k = 0; k < shapes.size(); k++) {
         matrices[4 * k + 2].require_finite("dx");
-        matrices[4 * k + 3].require_finite("dy");
+        if (run.needs_y) matrices[4 * k + 3].require_finite("dy");
     }
 }
 
@@ -208,12 +255,25 @@ int main() {
                         for (int64_t bfloat16 = 0; bfloat16 <= int64_t(rounds); bfloat16++, calls++) {
                             const Layout layout = Layout(random_bits() % LAYOUTS);
                             const int64_t normalize = random_bits() >> 16 & 1;
-                            contrast({task, dtype, normalize, symmetric, threads, bfloat16, layout}, shapes);
+                            const Run plain{task, dtype, normalize, symmetric, threads, bfloat16, layout};
+                            contrast(plain, shapes);
+                            for (int64_t function = HDC_INFO_NCE; function <= HDC_SOFTPLUS; function++, calls++) {
+                                Run run = plain;
+                                run.function = function;
+                                run.masked = random_bits() >> 16 & 1;
+                                run.needs_y = random_bits() >> 16 & 1;
+                                if (function == HDC_SOFTPLUS) run.symmetric = 0;
+                                contrast(run, shapes);
+                            }
                         }
                     };
                     for (const auto& shapes : square) each(shapes);
-                    if (!symmetric)
-                        for (const auto& shapes : wide) each(shapes);
+                    if (symmetric) continue;
+                    for (const auto& shapes : wide) each(shapes);
+                    for (int64_t function : {HDC_LOGSUMEXP, HDC_SOFTPLUS}) {  // more rows than columns
+                        for (int64_t masked = 0; masked <= 1; masked++, calls++)
+                            contrast({task, dtype, 1, 0, threads, 0, CONTIGUOUS, function, masked == 1}, {{1, 257, 5, 31}});
+                    }
                 }
     std::printf("%s: %ld calls\n", hdc_instruction_set(), long(calls));
 }
