@@ -32,7 +32,7 @@ from hdc import atomic
 HERE = Path(__file__).parent
 CPU_SIZES = (128, 512, 2048, 8192, 32768)
 GPU_SIZES = (*CPU_SIZES, 65536, 131072, 262144)
-FAMILY_SIZES = (2048, 8192)  # of time; of memory the first, and
+FAMILY_SIZES = (2048, 4096)  # of time; of memory the first, and
 FAMILY_MEMORY_SIZE = 16384
 PEERS = list(dict.fromkeys(c.name for p in ("InfoNCE", *FAMILY) for c in roster.of(p) if c.peer))
 # Large blocks come from the heap and stay there: without, every matrix is new pages, cleared by the system.
@@ -161,6 +161,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             problem: {contender.name: contender.note for contender in roster.of(problem)}
             for problem in ("InfoNCE", "HD-NCE", "overhead", *(FAMILY if given.family else ()))
         },
+        "family": {what: machine.describe()[what] for what in ("date", "commit")},
         "runs": runs,
         "memory": memory if cpu else runs[0]["cases"],
         "accuracy": accuracy.run(given.device),

@@ -85,7 +85,7 @@ def measure_case(
         "width": case.width,
         "flops": case.flops,
         "contenders": results,
-        "ceilings": {what: summary(values) for what, values in heights.items()},
+        "ceilings": {what: summary(values) for what, values in heights.items() if values},
     }
 
 

@@ -160,8 +160,9 @@ def _family(result: Result) -> Iterator[tuple[str, list[str], Rows]]:
             if named == problem:
                 row += [_peak(case["contenders"].get(name)) for name in (peer.name, OURS)]
         rows.append(row)
-    most = max(run["threads"] for run in result["runs"])
-    yield f"The other losses, forward + backward, threads: {most}", head, rows
+    most, when = max(run["threads"] for run in result["runs"]), result["family"]
+    where = f"threads: {most}; {when['date']}, commit {when['commit']}"
+    yield f"The other losses, forward + backward, {where}", head, rows
 
 
 def _every_contender(

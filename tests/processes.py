@@ -1,6 +1,7 @@
 """Several processes for tests of what they do together: all checks of one world size in one start."""
 
 import json
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+SECONDS = 400
 Check = Callable[[int, int], None]  # (rank, world size)
 
 
@@ -18,13 +20,27 @@ def run(checks: dict[str, Check], world_size: int, folder: Path) -> dict[str, st
     The first that fails ends them all: what the ranks would send each other from then on is anybody's guess.
     """
     arguments = (checks, world_size, str(folder))
-    torch.multiprocessing.spawn(_worker, arguments, nprocs=world_size, daemon=True)
+    start(_worker, world_size, *arguments)
     files = [folder / f"{rank}.json" for rank in range(world_size)]
     found = [json.loads(file.read_text()) for file in files]
     return {
         name: "\n".join(filter(None, (one.get(name, "was not run") for one in found)))
         for name in checks
     }
+
+
+def start(function: Callable[..., None], world_size: int, *arguments: object) -> None:
+    """`function(rank, *arguments)` in a process for each rank; raises where one does, or none ends in time."""
+    context = torch.multiprocessing.spawn(
+        function, arguments, nprocs=world_size, join=False, daemon=True
+    )
+    assert context is not None
+    deadline = time.monotonic() + SECONDS
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{world_size} processes did not end within {SECONDS} s")
 
 
 def _worker(rank: int, checks: dict[str, Check], world_size: int, folder: str) -> None:

@@ -13,6 +13,7 @@ import equations
 import pytest
 import torch
 import torch.distributed as dist
+from processes import start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -415,7 +416,9 @@ def reduce_gradients(rank: int, folder: str) -> None:
             encoder.zero_grad()
             fused_info_nce(run(x), y).backward()
         found.append(gradients(encoder))
+        del run
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()  # who leaves first may leave the other one waiting for it in its own teardown
     dist.destroy_process_group()
 
 
@@ -427,7 +430,7 @@ def half(rank: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """Two processes: gradients are averaged over both, once each, as they are without chunks."""
-    torch.multiprocessing.spawn(reduce_gradients, (str(tmp_path),), nprocs=2)
+    start(reduce_gradients, 2, str(tmp_path))
     alone = []
     for rank in range(2):
         encoder = mlp()
