@@ -8,6 +8,7 @@ from typing import Any
 
 import report
 from contenders import COMPILED, EAGER, OURS
+from family import FAMILY
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -183,7 +184,7 @@ def _speedup(result: Result) -> Figure:
             for other in result["runs"]
             if other["threads"] == run["threads"] and other is not run
         ]
-        cases = [case for case in run["cases"] if case["problem"] != "overhead"]
+        cases = [case for case in run["cases"] if case["problem"] not in ("overhead", *FAMILY)]
         for offset, name in ((-0.2, EAGER), (0.2, COMPILED)):
             heights = [report.ratio(case, name) or 0 for case in cases]
             places = [number + offset for number in range(len(cases))]

@@ -154,15 +154,20 @@ def _family(result: Result) -> Iterator[tuple[str, list[str], Rows]]:
         row = [problem, f"{peer.name}, {peer.note}"]
         for (named, _), case in times.items():
             if named == problem:
-                row += [_cell(case, name, "step") for name in (peer.name, OURS)]
+                row += [_brief(_cell(case, name, "step")) for name in (peer.name, OURS)]
                 row.append(f"{other:.1f}" if (other := ratio(case, peer.name)) else "–")
         for (named, _), case in peaks.items():
             if named == problem:
-                row += [_peak(case["contenders"].get(name)) for name in (peer.name, OURS)]
+                row += [_brief(_peak(case["contenders"].get(name))) for name in (peer.name, OURS)]
         rows.append(row)
     most, when = max(run["threads"] for run in result["runs"]), result["family"]
     where = f"threads: {most}; {when['date']}, commit {when['commit']}"
     yield f"The other losses, forward + backward, {where}", head, rows
+
+
+def _brief(cell: str) -> str:
+    """Without the reason why there is no figure; that is in the JSON file."""
+    return cell.partition(":")[0]
 
 
 def _every_contender(
