@@ -20,6 +20,20 @@ def check_choice(name: str, value: object, allowed: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
+def check_number(name: str, value: float) -> None:
+    """A number, of any value; raises TypeError otherwise, also for a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+
+
+def check_count(name: str, value: int) -> None:
+    """An int of at least 1; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
 def check_temperature(temperature: float | Tensor) -> None:
     """A positive finite number, or a floating tensor with one element.
 

@@ -1,11 +1,19 @@
 """CLIP's loss (Radford et al. 2021): InfoNCE from images to texts and back, with a learned scale."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_number,
+    check_pair,
+    check_temperature,
+)
 from hdc_kernels.contrast import contrast
 from hdc_kernels.distributed.contrast import contrast_across
 from hdc_kernels.distributed.ranks import ProcessGroups
@@ -48,29 +56,20 @@ def fused_clip(
     check_temperature(temperature)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    if process_group is not None:
-        (rows,) = meet(process_group, image.device, len(image))
-        share = contrast_across(
-            rows,
-            rows,
-            [(image, text)],
-            weights=None if reduction == "none" else [1.0],
-            divisor=rows.size if reduction == "mean" else 1,
-            temperature=temperature,
-            symmetric=True,
-            normalize=normalize,
-            backend=backend,
-        ).value
-        return rows.local(share) if reduction == "none" else rows.total(share)
-    return contrast(
-        [(image, text)],
-        weights=None if reduction == "none" else [1.0],
-        divisor=image.shape[0] if reduction == "mean" else 1,
-        temperature=temperature,
-        symmetric=True,
-        normalize=normalize,
-        backend=backend,
-    ).value
+    pairs = [(image, text)]
+    options: dict[str, Any] = {
+        "weights": None if reduction == "none" else [1.0],
+        "temperature": temperature,
+        "symmetric": True,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    if process_group is None:
+        return contrast(pairs, divisor=len(image) if reduction == "mean" else 1, **options).value
+    (rows,) = meet(process_group, image.device, len(image))
+    divisor = rows.size if reduction == "mean" else 1
+    share = contrast_across(rows, rows, pairs, divisor=divisor, **options).value
+    return rows.shown(share, reduction)
 
 
 class CLIP(Loss):
@@ -101,9 +100,8 @@ class CLIP(Loss):
         backend: Backend = "auto",
         process_group: ProcessGroups | None = None,
     ) -> None:
-        for name, given in (("scale", scale), ("max_scale", max_scale)):
-            if isinstance(given, bool) or not isinstance(given, (int, float)):
-                raise TypeError(f"{name} is a {type(given).__name__}; it must be a number")
+        check_number("scale", scale)
+        check_number("max_scale", max_scale)
         if not 0 < scale <= max_scale or scale == math.inf:
             raise ValueError(
                 f"scale is {scale}; it must be positive, finite and at most max_scale, {max_scale}"

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Mask
-from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_number,
+    check_pair,
+    check_temperature,
+)
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
@@ -140,8 +147,7 @@ def fused_dclw(
 
 def check_sigma(sigma: float) -> None:
     """A positive finite number."""
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise TypeError(f"sigma is a {type(sigma).__name__}; it must be a number")
+    check_number("sigma", sigma)
     if not (sigma > 0 and math.isfinite(sigma)):
         raise ValueError(f"sigma is {sigma}; it must be positive and finite")
 

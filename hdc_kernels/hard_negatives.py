@@ -13,6 +13,7 @@ from hdc_kernels.checks import (
     Reduction,
     check_choice,
     check_labels,
+    check_number,
     check_pair,
     check_temperature,
 )
@@ -193,8 +194,7 @@ def _debias(excess: Tensor, counts: Tensor, least: Tensor, tau_plus: float) -> T
 
 def _check_weighting(alpha: float, beta: float, tau_plus: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta), ("tau_plus", tau_plus)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+        check_number(name, value)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     if tau_plus >= 1:

@@ -139,7 +139,7 @@ def fused_hd_nce(
         by_pair = zip(weights, [*steps, *([1] * len(temporal))], value.split(sizes), strict=True)
         value = torch.stack([w * loss.view(n, batch).sum(0) for w, n, loss in by_pair]).sum(0)
     if across is not None:
-        value = across.local(value) if reduction == "none" else across.total(value)
+        value = across.shown(value, reduction)
     if not return_metrics:
         return value
     losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])

@@ -16,6 +16,8 @@ from torch.utils._pytree import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from hdc_kernels.checks import check_count
+
 
 class InChunks(nn.Module):
     """Runs an encoder on `chunk_size` rows at a time; the loss sees the whole batch.
@@ -55,10 +57,7 @@ class InChunks(nn.Module):
                 "encoder is or holds a DistributedDataParallel, whose forward pass must not run twice; "
                 "it must be wrapped the other way round, DistributedDataParallel(InChunks(encoder, ...))"
             )
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            raise TypeError(f"chunk_size is a {type(chunk_size).__name__}; it must be an int")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+        check_count("chunk_size", chunk_size)
         self.encoder = encoder
         self.chunk_size = chunk_size
 

@@ -12,6 +12,7 @@ from hdc_kernels.checks import (
     Reduction,
     check_choice,
     check_labels,
+    check_number,
     check_pair,
     check_temperature,
 )
@@ -219,7 +220,7 @@ def fused_info_nce(
     if not whole:
         value = value.view(rows) if reduction == "none" else value.sum() / divisor
     if queries is not None:
-        value = queries.local(value) if reduction == "none" else queries.total(value)
+        value = queries.shown(value, reduction)
     if not return_metrics:
         return value
     assert ranks is not None
@@ -408,8 +409,7 @@ def _check_sample_weights(weights: Tensor, query: Tensor) -> None:
 
 def check_label_smoothing(epsilon: float) -> None:
     """A number in [0, 1)."""
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise TypeError(f"label_smoothing is a {type(epsilon).__name__}; it must be a number")
+    check_number("label_smoothing", epsilon)
     if not 0 <= epsilon < 1:
         raise ValueError(f"label_smoothing is {epsilon}; it must be at least 0 and less than 1")
 

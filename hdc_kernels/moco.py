@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from hdc_kernels.backends import Mask
-from hdc_kernels.checks import Backend, Reduction, check_choice, check_pair, check_temperature
+from hdc_kernels.checks import (
+    Backend,
+    Reduction,
+    check_choice,
+    check_count,
+    check_pair,
+    check_temperature,
+)
 from hdc_kernels.contrast import contrast
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
@@ -42,11 +49,8 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dimension: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dimension", dimension)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is a {type(value).__name__}; it must be an int")
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_count("size", size)
+        check_count("dimension", dimension)
         self.register_buffer("keys", torch.zeros(size, dimension, dtype=dtype))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
@@ -147,7 +151,7 @@ def fused_moco(
         across.ranks.refuse_ring("MoCo has a queue")
         if not rows:
             terms = across.nothing(query, key, queue, temperature)
-            return across.local(terms) if reduction == "none" else across.total(terms.sum())
+            return across.shown(terms if reduction == "none" else terms.sum(), reduction)
     count = rows if across is None else across.size
     value = contrast(
         [(query, torch.cat((key, queue)))],
@@ -160,7 +164,7 @@ def fused_moco(
     ).value
     if across is None:
         return value
-    return across.local(value) if reduction == "none" else across.total(value)
+    return across.shown(value, reduction)
 
 
 class MoCo(Loss):

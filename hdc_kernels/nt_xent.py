@@ -1,5 +1,7 @@
 """NT-Xent (SimCLR, Chen et al. 2020): two views of B samples, each row against the 2B − 1 others."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,31 +56,22 @@ def fused_nt_xent(
     # Beside row i of x stands its positive; where row i itself stands in y, the ids are equal.
     rows = torch.arange(2 * batch, device=first.device)
     pairs = [(torch.cat((first, second)), torch.cat((second, first)))]
-    weights = None if reduction == "none" else [1.0]
+    ids = rows, rows.roll(batch)
+    options: dict[str, Any] = {
+        "weights": None if reduction == "none" else [1.0],
+        "temperature": temperature,
+        "normalize": normalize,
+        "backend": backend,
+    }
     if process_group is None:
-        value = contrast(
-            pairs,
-            weights=weights,
-            divisor=2 * batch if reduction == "mean" else 1,
-            temperature=temperature,
-            normalize=normalize,
-            mask=Mask(ids=(rows.unsqueeze(0), rows.roll(batch).unsqueeze(0))),
-            backend=backend,
-        ).value
+        divisor = 2 * batch if reduction == "mean" else 1
+        mask = Mask(ids=(ids[0].unsqueeze(0), ids[1].unsqueeze(0)))
+        value = contrast(pairs, divisor=divisor, mask=mask, **options).value
     else:
         views = meet(process_group, first.device, batch)[0].times(2)
-        share = contrast_across(
-            views,
-            views,
-            pairs,
-            weights=weights,
-            divisor=views.size if reduction == "mean" else 1,
-            temperature=temperature,
-            normalize=normalize,
-            own_ids=(rows, rows.roll(batch)),
-            backend=backend,
-        ).value
-        value = views.local(share) if reduction == "none" else views.total(share)
+        divisor = views.size if reduction == "mean" else 1
+        share = contrast_across(views, views, pairs, divisor=divisor, own_ids=ids, **options).value
+        value = views.shown(share, reduction)
     return value.view(2, batch) if reduction == "none" else value
 
 

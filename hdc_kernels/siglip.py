@@ -13,6 +13,7 @@ from hdc_kernels.checks import (
     Reduction,
     check_bias,
     check_choice,
+    check_number,
     check_pair,
     check_temperature,
 )
@@ -115,8 +116,7 @@ class SigLIP(Loss):
         backend: Backend = "auto",
         process_group: ProcessGroups | None = None,
     ) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale is a {type(scale).__name__}; it must be a number")
+        check_number("scale", scale)
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"scale is {scale}; it must be positive and finite")
         check_bias("bias", bias)

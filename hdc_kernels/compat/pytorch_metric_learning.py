@@ -6,7 +6,7 @@ Also `SupConLoss` and `CrossBatchMemory`. With the peer's default distance, the 
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels.checks import check_temperature
+from hdc_kernels.checks import check_count, check_temperature
 from hdc_kernels.sup_con import Definition, fused_sup_con
 
 
@@ -121,11 +121,8 @@ class CrossBatchMemory(nn.Module):
             raise TypeError(
                 f"loss is a {type(loss).__name__}; it must be an NTXentLoss or SupConLoss of this module"
             )
-        for name, size in (("embedding_size", embedding_size), ("memory_size", memory_size)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} is a {type(size).__name__}; it must be an int")
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+        check_count("embedding_size", embedding_size)
+        check_count("memory_size", memory_size)
         _refuse_pairs(miner, "miner")
         self.loss = loss
         self.embedding_size = embedding_size

@@ -67,6 +67,10 @@ class Rows(NamedTuple):
         dtype = reference.compute_dtype(empty[0].dtype)
         return torch.stack([x.to(dtype) for x in empty]).sum(0)
 
+    def shown(self, share: Tensor, reduction: str) -> Tensor:
+        """A loss out of this rank's terms ("none") or share of the total, whose divisor is in it already."""
+        return self.local(share) if reduction == "none" else self.total(share)
+
     def reduce(self, terms: Tensor, reduction: str, count: int | Tensor | None = None) -> Tensor:
         """As `reference.reduce` over the terms of all ranks; `count` of them, one for each row if not given."""
         if reduction == "none":
