@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from embeddings import randn
 from equations import relative_error
 from torch import Tensor
 
@@ -19,12 +20,6 @@ from hdc_kernels.backends import Gradients, Problems, Terms, cpu
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float64, torch.float32)
 Shape = tuple[int, int, int, int]  # G, M, N, D
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random numbers that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:

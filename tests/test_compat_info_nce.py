@@ -6,17 +6,11 @@ import info_nce as peer
 import pytest
 import torch
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hdc_kernels.compat.info_nce import InfoNCE, info_nce
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @settings(max_examples=60, deadline=None)

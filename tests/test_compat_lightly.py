@@ -7,6 +7,7 @@ import peer_imports
 import pytest
 import torch
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,12 +18,6 @@ from hdc_kernels.compat.lightly import DCLLoss, DCLWLoss, NTXentLoss
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 
 lightly = peer_imports.lightly()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def distance(out0: Tensor, out1: Tensor) -> Tensor:

@@ -4,15 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from embeddings import randn
 from torch import Tensor
 
 from hdc_kernels.compat.moco import contrastive_loss, moco_loss
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,12 +15,6 @@ from torch import Tensor
 from hdc_kernels.compat.open_clip import ClipLoss
 
 open_clip = peer_imports.open_clip()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,18 +6,13 @@ from typing import Any
 import pytest
 import pytorch_metric_learning.losses as peer
 import torch
+from embeddings import leaf
 from equations import relative_error
 from torch import Tensor
 
 from hdc_kernels.compat import pytorch_metric_learning as ours
 
 LOSSES = ["NTXentLoss", "SupConLoss"]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests, leaves that require their gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -50,7 +45,7 @@ def compare(
 def test_labels(name: str, seed: int) -> None:
     """2 to 15 labels among 7 to 32 embeddings, some without a positive, at three temperatures."""
     size, classes = (7, 8, 16, 31, 32, 32)[seed], (3, 8, 2, 5, 15, 4)[seed]
-    x, labels = randn(size, 6, seed=seed), randint(classes, size, seed=seed)
+    x, labels = leaf(size, 6, seed=seed), randint(classes, size, seed=seed)
     labels[:2] = 0
     labels[2] = 99
     for options in ({}, {"temperature": 0.5}, {"temperature": 0.02}):
@@ -61,9 +56,9 @@ def test_labels(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_reference_embeddings(name: str, seed: int) -> None:
     """More and fewer of them than anchors; with as many, row i is not sample i."""
-    x, labels = randn(9, 5, seed=seed), randint(4, 9, seed=seed)
+    x, labels = leaf(9, 5, seed=seed), randint(4, 9, seed=seed)
     size = (5, 9, 20, 9)[seed]
-    ref, ref_labels = randn(size, 5, seed=seed + 10), randint(4, size, seed=seed + 10)
+    ref, ref_labels = leaf(size, 5, seed=seed + 10), randint(4, size, seed=seed + 10)
     pair = both(name)
     compare(pair, (x, ref), x, labels, ref_emb=ref, ref_labels=ref_labels)
     compare(pair, (x, ref), x, labels, None, ref, ref_labels.clone())
@@ -72,7 +67,7 @@ def test_reference_embeddings(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_labels_identity_has_no_meaning(name: str) -> None:
     """The peer leaves row i out, of all positives, if both labels are the same object."""
-    x, y, labels = randn(8, 4), randn(8, 4, seed=1), torch.arange(8) // 2
+    x, y, labels = leaf(8, 4), leaf(8, 4, seed=1), torch.arange(8) // 2
     our, their = both(name)
     assert torch.equal(our(x, labels, None, y, labels), our(x, labels, None, y, labels.clone()))
     exact = their(x, labels, None, y, labels.clone())
@@ -84,7 +79,7 @@ def test_the_labels_identity_has_no_meaning(name: str) -> None:
 def test_without_pairs(name: str) -> None:
     """No positive anywhere, or one embedding: 0 with a gradient of 0, as the peer's."""
     for size in (1, 5):
-        x = randn(size, 4)
+        x = leaf(size, 4)
         found, exact = (loss(x, torch.arange(size)) for loss in both(name))
         assert found.item() == exact.item() == 0
         (gradient,) = torch.autograd.grad(found, x)
@@ -93,7 +88,7 @@ def test_without_pairs(name: str) -> None:
 
 def test_one_label() -> None:
     """Without negatives NT-Xent is 0; SupCon still wants its positives alike, the peer says 0."""
-    x, labels = randn(5, 4), torch.zeros(5, dtype=torch.long)
+    x, labels = leaf(5, 4), torch.zeros(5, dtype=torch.long)
     found, exact = (loss(x, labels) for loss in both("NTXentLoss"))
     assert found.item() == exact.item() == 0
     found, exact = (loss(x, labels) for loss in both("SupConLoss"))
@@ -107,7 +102,7 @@ def test_one_label() -> None:
 def test_small_temperature_in_float16() -> None:
     """Where the peer's NT-Xent silently loses its large terms to rounding."""
     labels = randint(8, 64)
-    x = randn(64, 32).detach().half()
+    x = leaf(64, 32).detach().half()
     exact = peer.NTXentLoss(0.01)(x.double(), labels).item()
     assert ours.NTXentLoss(0.01)(x, labels).item() == pytest.approx(exact, rel=1e-5)
     assert peer.NTXentLoss(0.01)(x, labels).item() != pytest.approx(exact, rel=0.1)
@@ -122,7 +117,7 @@ def test_memory(name: str, batch: int) -> None:
         for package in (ours, peer)
     )
     for step in range(7):
-        x, labels = randn(batch, 6, seed=step), randint(3, batch, seed=step)
+        x, labels = leaf(batch, 6, seed=step), randint(3, batch, seed=step)
         labels[-2:] = 0
         compare(pair, (x,), x, labels)
         assert sorted(pair[0].label_memory[: pair[0].filled].tolist()) == sorted(
@@ -138,7 +133,7 @@ def test_memory_with_an_enqueue_mask(name: str) -> None:
         for package in (ours, peer)
     )
     for step, batch in enumerate((8, 6, 10, 2)):
-        x, labels = randn(batch, 4, seed=step), randint(3, batch, seed=step)
+        x, labels = leaf(batch, 4, seed=step), randint(3, batch, seed=step)
         labels[: batch // 2] = labels[batch // 2 :]
         mask = torch.arange(batch) >= batch // 2
         compare(pair, (x,), x, labels, enqueue_mask=mask)
@@ -147,7 +142,7 @@ def test_memory_with_an_enqueue_mask(name: str) -> None:
 def test_a_batch_larger_than_the_memory() -> None:
     """It is compared with itself, and the last ones stay. The peer fails an assertion."""
     memory = ours.CrossBatchMemory(ours.SupConLoss(), 4, memory_size=3)
-    x, labels = randn(8, 4), randint(3, 8)
+    x, labels = leaf(8, 4), randint(3, 8)
     loss = memory(x, labels)
     detached = x.detach()
     exact = peer.CrossBatchMemory(peer.SupConLoss(), 4, memory_size=8)(x, labels)
@@ -160,7 +155,7 @@ def test_a_batch_larger_than_the_memory() -> None:
 def test_a_memory_goes_on_from_its_state() -> None:
     """As it was saved, half filled; and forgets everything when told."""
     memory, again = (ours.CrossBatchMemory(ours.NTXentLoss(), 4, memory_size=8) for _ in range(2))
-    first, second = (randn(5, 4, seed=s) for s in range(2))
+    first, second = (leaf(5, 4, seed=s) for s in range(2))
     labels = torch.tensor([0, 1, 0, 1, 2])
     fresh = memory(first, labels)
     again.double().load_state_dict(memory.state_dict())
@@ -174,17 +169,17 @@ def test_a_memory_goes_on_from_its_state() -> None:
 def test_the_last_loss_survives_the_next_batch() -> None:
     """Backward after another forward: no buffer that it needs was written to."""
     memory = ours.CrossBatchMemory(ours.SupConLoss(), 4, memory_size=8)
-    x, labels = randn(5, 4), torch.tensor([0, 1, 0, 1, 2])
+    x, labels = leaf(5, 4), torch.tensor([0, 1, 0, 1, 2])
     memory(x, labels)
     loss = memory(x, labels)
     expected = torch.autograd.grad(loss, x, retain_graph=True)[0]
-    memory(randn(5, 4, seed=1), labels)
+    memory(leaf(5, 4, seed=1), labels)
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
 def test_what_is_refused() -> None:
     """One line that says what was given and what is allowed."""
-    x, labels = randn(3, 4), torch.arange(3)
+    x, labels = leaf(3, 4), torch.arange(3)
     loss = ours.SupConLoss()
     refused = "indices_tuple is a tuple; only None is implemented"
     with pytest.raises(ValueError, match=refused):

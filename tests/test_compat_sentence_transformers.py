@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer import losses as peer
@@ -27,12 +28,6 @@ VARIANTS: list[tuple[Any, Any]] = [
     (("query_to_doc", "doc_to_doc"), "joint"),
     (ALL, "joint"),
 ]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 class Encoder(nn.Module):

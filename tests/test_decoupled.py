@@ -7,18 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hdc_kernels.decoupled import DCL, DCLW, fused_dcl, fused_dclw
 from hdc_kernels.nt_xent import fused_nt_xent
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def plain(

@@ -8,6 +8,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from embeddings import randn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,12 +40,6 @@ from hdc_kernels.distributed import Ranks
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 WIDTH = 5
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """The same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 class Part(NamedTuple):

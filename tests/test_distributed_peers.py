@@ -11,6 +11,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from embeddings import randn
 from torch import Tensor, nn
 
 from hdc_kernels import fused_info_nce
@@ -20,12 +21,6 @@ from hdc_kernels.compat.sentence_transformers import MultipleNegativesRankingLos
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 SIZES = [3, 0, 2]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    """The same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def compare(

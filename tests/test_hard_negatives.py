@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from embeddings import leaf
 from equations import relative_error
 from torch import Tensor, nn
 
@@ -16,13 +17,6 @@ from hdc_kernels.info_nce import fused_info_nce
 BACKENDS = [b for b in get_args(Backend) if b != "triton"]
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests, leaves that require their gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(dtype).requires_grad_()
 
 
 def scalar(value: float) -> Tensor:
@@ -75,7 +69,7 @@ def test_loss_and_gradients_are_the_papers(
     backend: Backend,
 ) -> None:
     """In both directions, too. At 0.1 some queries are at the lower bound, and some are not."""
-    query, key, tau = randn(7, 5), randn(7, 5, seed=1), scalar(0.5)
+    query, key, tau = leaf(7, 5), leaf(7, 5, seed=1), scalar(0.5)
     inputs = (query, key, tau)
     weighting = {"alpha": alpha, "beta": beta, "tau_plus": tau_plus}
     for symmetric in (False, True):
@@ -95,7 +89,7 @@ def test_loss_and_gradients_are_the_papers(
         expected = {"none": terms, "sum": terms.sum(), "mean": terms.mean()}[reduction]
         assert loss.dtype == torch.float64
         assert relative_error(loss, expected) < 1e-12
-        upstream = randn(7, seed=2).detach() if reduction == "none" else None
+        upstream = leaf(7, seed=2).detach() if reduction == "none" else None
         found = torch.autograd.grad(loss, inputs, upstream)
         for ours, truth in zip(found, torch.autograd.grad(expected, inputs, upstream), strict=True):
             assert relative_error(ours, truth) < 1e-12
@@ -103,7 +97,7 @@ def test_loss_and_gradients_are_the_papers(
 
 def test_without_weights_it_is_info_nce() -> None:
     """β = 0 and α = 1, also at a temperature where exponentials overflow."""
-    query, key = randn(9, 5), randn(9, 5, seed=1)
+    query, key = leaf(9, 5), leaf(9, 5, seed=1)
     for tau in (1.0, 0.07, 1e-3):
         for symmetric in (False, True):
             ours = fused_hn_nce(query, key, temperature=tau, beta=0.0, symmetric=symmetric)
@@ -113,7 +107,7 @@ def test_without_weights_it_is_info_nce() -> None:
 
 def test_two_views_as_in_hcl() -> None:
     """Robinson et al.: 2B anchors with 2B − 2 negatives each, the views of all other images."""
-    a, b, tau, tau_plus, beta = randn(6, 8), randn(6, 8, seed=1), 0.5, 0.1, 1.0
+    a, b, tau, tau_plus, beta = leaf(6, 8), leaf(6, 8, seed=1), 0.5, 0.1, 1.0
     loss = fused_hn_nce(
         torch.cat((a, b)),
         torch.cat((b, a)),
@@ -143,7 +137,7 @@ def test_two_views_as_in_hcl() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
 def test_keys_of_the_same_label_are_no_negatives(dtype: torch.dtype, backend: Backend) -> None:
     """Each query has a number of negatives of its own."""
-    query, key, tau = randn(8, 5), randn(8, 5, seed=1), scalar(0.4)
+    query, key, tau = leaf(8, 5), leaf(8, 5, seed=1), scalar(0.4)
     labels = torch.tensor([3, 3, 3, 0, 1, 1, 2, 200], dtype=dtype)
     weighting = {"beta": 0.5, "tau_plus": 0.05}
     terms = fused_hn_nce(
@@ -157,7 +151,7 @@ def test_keys_of_the_same_label_are_no_negatives(dtype: torch.dtype, backend: Ba
     )
     expected = plain(query, key, tau, **weighting, labels=labels)
     assert relative_error(terms, expected) < 1e-12
-    upstream = randn(8, seed=2).detach()
+    upstream = leaf(8, seed=2).detach()
     found = torch.autograd.grad(terms, (query, key, tau), upstream)
     exact = torch.autograd.grad(expected, (query, key, tau), upstream)
     for ours, truth in zip(found, exact, strict=True):
@@ -171,7 +165,7 @@ def test_a_query_without_negatives_has_nothing_to_learn(
 ) -> None:
     """B = 1, or everything of one label: 0, and a gradient of 0."""
     for size, labels in ((1, None), (3, torch.zeros(3, dtype=torch.long))):
-        query, key, tau = randn(size, 4), randn(size, 4, seed=1), scalar(0.1)
+        query, key, tau = leaf(size, 4), leaf(size, 4, seed=1), scalar(0.1)
         loss = fused_hn_nce(
             query, key, temperature=tau, labels=labels, backend=backend, **weighting
         )
@@ -187,7 +181,7 @@ def test_gradcheck(weighting: dict[str, float]) -> None:
     def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
         return fused_hn_nce(query, key, temperature=tau, reduction="none", **weighting)
 
-    inputs = (randn(4, 3), randn(4, 3, seed=1), scalar(0.5))
+    inputs = (leaf(4, 3), leaf(4, 3, seed=1), scalar(0.5))
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
 
@@ -195,7 +189,7 @@ def test_gradcheck(weighting: dict[str, float]) -> None:
 def test_compiled_equals_eager() -> None:
     """One graph, without a break, forward and backward."""
     torch.compiler.reset()
-    inputs = (randn(6, 5), randn(6, 5, seed=1), scalar(0.3))
+    inputs = (leaf(6, 5), leaf(6, 5, seed=1), scalar(0.3))
     labels = torch.tensor([0, 0, 1, 2, 3, 4])
 
     def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
@@ -215,7 +209,7 @@ def test_half_precision_is_no_worse_than_plain(
     dtype: torch.dtype, tau: float, tau_plus: float
 ) -> None:
     """Error against float64 on the same numbers, loss and gradients, at most twice the plain loss's."""
-    half = (randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype))
+    half = (leaf(33, 64, dtype=dtype), leaf(33, 64, seed=1, dtype=dtype))
     exact = tuple(x.detach().double().requires_grad_() for x in half)
     options = {"tau_plus": tau_plus}
     truth = plain(*exact, tau, **options).mean()
@@ -234,7 +228,7 @@ def test_half_precision_is_no_worse_than_plain(
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_a_small_temperature(dtype: torch.dtype, weighting: dict[str, float]) -> None:
     """τ = 0.01: exponentials would overflow, logarithms do not, and a float16 τ is divided in float32."""
-    query, key = randn(16, 32, dtype=dtype), randn(16, 32, seed=1, dtype=dtype)
+    query, key = leaf(16, 32, dtype=dtype), leaf(16, 32, seed=1, dtype=dtype)
     tau = torch.tensor(0.01, dtype=dtype, requires_grad=True)
     loss = fused_hn_nce(query, key, temperature=tau, **weighting)
     exact = plain(query.double(), key.double(), tau.double(), **weighting).mean()
@@ -247,7 +241,7 @@ def test_a_small_temperature(dtype: torch.dtype, weighting: dict[str, float]) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_not_hidden(backend: Backend, tau_plus: float) -> None:
     """A NaN query spoils its own term, a NaN key every one."""
-    clean, spoilt = randn(3, 4).detach(), randn(3, 4).detach()
+    clean, spoilt = leaf(3, 4).detach(), leaf(3, 4).detach()
     spoilt[1, 2] = math.nan
     options = {"tau_plus": tau_plus, "reduction": "none", "backend": backend}
     assert fused_hn_nce(spoilt, clean, **options).isnan().tolist() == [False, True, False]
@@ -266,7 +260,7 @@ def test_nan_is_not_hidden(backend: Backend, tau_plus: float) -> None:
 )
 def test_module_equals_function(options: dict[str, Any]) -> None:
     """Every option reaches the function, and shows in the module's text."""
-    query, key, labels = randn(5, 4), randn(5, 4, seed=1), torch.tensor([0, 0, 1, 2, 3])
+    query, key, labels = leaf(5, 4), leaf(5, 4, seed=1), torch.tensor([0, 0, 1, 2, 3])
     module = HNNCE(**options)
     expected = fused_hn_nce(query, key, labels=labels, **options)
     assert torch.equal(module(query, key, labels), expected)
@@ -296,4 +290,4 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
 def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     """One line that says what was given and what is allowed."""
     with pytest.raises(error, match=message):
-        fused_hn_nce(randn(3, 4), randn(3, 4), **options)
+        fused_hn_nce(leaf(3, 4), leaf(3, 4), **options)

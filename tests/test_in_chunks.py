@@ -13,6 +13,7 @@ import equations
 import pytest
 import torch
 import torch.distributed as dist
+from embeddings import randn
 from processes import start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,12 +31,6 @@ DEVICES = [
         ],
     ),
 ]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random numbers that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def mlp(*between: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:

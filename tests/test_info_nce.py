@@ -9,6 +9,7 @@ import equations
 import pytest
 import torch
 import torch.nn.functional as F
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,12 +20,6 @@ from hdc_kernels.checks import FLOATING, Backend, Reduction
 BACKENDS = [b for b in get_args(Backend) if b != "triton"]  # tests/test_triton.py has that one
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,12 +15,6 @@ from torch import Tensor
 from hdc_kernels.info_nce import InfoNCE, InfoNCEMetrics, fused_info_nce
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def logits(

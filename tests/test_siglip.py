@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from embeddings import leaf
 from equations import relative_error
 from torch import Tensor
 
@@ -15,13 +16,6 @@ from hdc_kernels.siglip import SigLIP, fused_siglip
 BACKENDS = [b for b in get_args(Backend) if b != "triton"]
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests, leaves that require their gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(dtype).requires_grad_()
 
 
 def scalar(value: float) -> Tensor:
@@ -48,7 +42,7 @@ def test_loss_and_gradients_are_the_papers(
     for seed, (texts, tau_value, bias_value) in enumerate(
         [(7, 0.1, -10.0), (7, 0.01, 3.0), (11, 1.0, 0.0)]
     ):
-        image, text = randn(7, 5, seed=seed), randn(texts, 5, seed=seed + 10)
+        image, text = leaf(7, 5, seed=seed), leaf(texts, 5, seed=seed + 10)
         tau, bias = scalar(tau_value), scalar(bias_value)
         inputs = (image, text, tau, bias)
         loss = fused_siglip(
@@ -64,7 +58,7 @@ def test_loss_and_gradients_are_the_papers(
         expected = {"none": terms, "sum": terms.sum(), "mean": terms.sum() / 7}[reduction]
         assert loss.dtype == torch.float64
         assert relative_error(loss, expected) < 1e-12
-        upstream = randn(7, seed=seed + 20).detach() if reduction == "none" else None
+        upstream = leaf(7, seed=seed + 20).detach() if reduction == "none" else None
         found = torch.autograd.grad(loss, inputs, upstream)
         exact = torch.autograd.grad(expected, inputs, upstream)
         for ours, truth in zip(found, exact, strict=True):
@@ -78,7 +72,7 @@ def test_gradcheck(reduction: Reduction) -> None:
     def loss(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor) -> Tensor:
         return fused_siglip(image, text, temperature=tau, bias=bias, reduction=reduction)
 
-    inputs = (randn(3, 3), randn(4, 3, seed=1), scalar(0.3), scalar(-1.0))
+    inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.3), scalar(-1.0))
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
 
@@ -86,7 +80,7 @@ def test_gradcheck(reduction: Reduction) -> None:
 def test_compiled_equals_eager() -> None:
     """One graph, without a break, forward and backward."""
     torch.compiler.reset()
-    inputs = (randn(6, 5), randn(6, 5, seed=1), scalar(0.2), scalar(-2.0))
+    inputs = (leaf(6, 5), leaf(6, 5, seed=1), scalar(0.2), scalar(-2.0))
 
     def loss(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor) -> Tensor:
         return fused_siglip(image, text, temperature=tau, bias=bias)
@@ -105,7 +99,7 @@ def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -
 
     A NaN, as of an overflow at τ = 0.01, fails every comparison.
     """
-    half = (randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype))
+    half = (leaf(33, 64, dtype=dtype), leaf(33, 64, seed=1, dtype=dtype))
     exact = tuple(x.detach().double().requires_grad_() for x in half)
     truth = plain(*exact, tau, -10.0).mean()
     ours = fused_siglip(*half, temperature=tau)
@@ -123,7 +117,7 @@ def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_a_batch_of_one(dtype: torch.dtype, backend: Backend) -> None:
     """One pair, which belongs together: log(1 + exp(−(1/τ·cos + b)))."""
-    image = randn(1, 8, dtype=dtype)
+    image = leaf(1, 8, dtype=dtype)
     loss = fused_siglip(image, image.detach(), temperature=0.5, bias=-1.0, backend=backend)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
 
@@ -131,7 +125,7 @@ def test_a_batch_of_one(dtype: torch.dtype, backend: Backend) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_not_hidden(backend: Backend) -> None:
     """A NaN image spoils its own term, a NaN text every one."""
-    clean, spoilt = randn(3, 4).detach(), randn(3, 4).detach()
+    clean, spoilt = leaf(3, 4).detach(), leaf(3, 4).detach()
     spoilt[1, 2] = math.nan
     by_image = fused_siglip(spoilt, clean, reduction="none", backend=backend)
     assert by_image.isnan().tolist() == [False, True, False]
@@ -140,7 +134,7 @@ def test_nan_is_not_hidden(backend: Backend) -> None:
 
 def test_autocast_changes_nothing() -> None:
     """The logits need all 24 bits, whatever the encoder runs in."""
-    inputs = (randn(9, 16, dtype=torch.float32), randn(9, 16, seed=1, dtype=torch.float32))
+    inputs = (leaf(9, 16, dtype=torch.float32), leaf(9, 16, seed=1, dtype=torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = fused_siglip(*inputs)
     assert torch.equal(inside, fused_siglip(*inputs))
@@ -150,7 +144,7 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_tensors_of_one_element(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """However one number is wrapped, the loss keeps its shape and dtype, the number gets its gradient."""
-    image, text = randn(5, 4, dtype=torch.float32), randn(5, 4, seed=1, dtype=torch.float32)
+    image, text = leaf(5, 4, dtype=torch.float32), leaf(5, 4, seed=1, dtype=torch.float32)
     tau = torch.full(shape, 0.25, dtype=dtype, requires_grad=True)
     bias = torch.full(shape, -2.0, dtype=dtype, requires_grad=True)
     terms = fused_siglip(image, text, temperature=tau, bias=bias, reduction="none")
@@ -171,7 +165,7 @@ def test_module_learns_the_papers_scale_and_bias() -> None:
         "logit_scale": pytest.approx(math.log(10)),
         "logit_bias": -10.0,
     }
-    image, text = randn(6, 4), randn(6, 4, seed=1)
+    image, text = leaf(6, 4), leaf(6, 4, seed=1)
     loss = module(image, text)
     scale, bias = scalar(module.logit_scale.item()), scalar(-10.0)
     expected = plain(image, text, 1 / scale.exp(), bias).mean()
@@ -186,7 +180,7 @@ def test_module_learns_the_papers_scale_and_bias() -> None:
 )
 def test_module_equals_function(options: dict[str, Any]) -> None:
     """Every option reaches the function, and shows in the module's text."""
-    image, text = randn(5, 4), randn(5, 4, seed=1)
+    image, text = leaf(5, 4), leaf(5, 4, seed=1)
     module = SigLIP(4.0, -3.0, **options).double()
     expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **options)
     torch.testing.assert_close(module(image, text), expected, rtol=1e-6, atol=0)
@@ -208,15 +202,15 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
 def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     """One line that says what was given and what is allowed."""
     with pytest.raises(error, match=message):
-        fused_siglip(randn(3, 4), randn(3, 4), **options)
+        fused_siglip(leaf(3, 4), leaf(3, 4), **options)
 
 
 def test_wrong_inputs() -> None:
     """Every image has its text; one set of problems; numbers for the module."""
     with pytest.raises(ValueError, match=r"text has shape \[2, 4\] but image has \[3, 4\]"):
-        fused_siglip(randn(3, 4), randn(2, 4))
+        fused_siglip(leaf(3, 4), leaf(2, 4))
     with pytest.raises(ValueError, match=r"image has shape \[2, 3, 4\]; it must be \[B, D\]"):
-        fused_siglip(randn(2, 3, 4), randn(2, 3, 4))
+        fused_siglip(leaf(2, 3, 4), leaf(2, 3, 4))
     with pytest.raises(ValueError, match="scale is 0; it must be positive and finite"):
         SigLIP(0)
     with pytest.raises(TypeError, match="scale is a str; it must be a number"):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from embeddings import leaf
 from equations import relative_error
 from torch import Tensor, nn
 
@@ -17,13 +18,6 @@ BACKENDS = [b for b in get_args(Backend) if b != "triton"]
 DEFINITIONS = get_args(Definition)
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random embeddings that do not depend on the order of the tests, leaves that require their gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(dtype).requires_grad_()
 
 
 def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -87,13 +81,13 @@ class Case(NamedTuple):
 
 def case(others: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
     """10 anchors, the first without a positive, against themselves, 4 or 17 others, or a memory of 17."""
-    x, labels = randn(10, 6, seed=seed, dtype=dtype), randint(4, 10, seed=seed)
+    x, labels = leaf(10, 6, seed=seed, dtype=dtype), randint(4, 10, seed=seed)
     labels[0] = 77
     if others == "themselves":
         positive = (labels[:, None] == labels) & ~torch.eye(10, dtype=torch.bool)
         return Case(x, x, positive, {"labels": labels}, True)
     size, holds_self = {"fewer": (4, False), "more": (17, False), "memory": (17, True)}[others]
-    y, y_labels = randn(size, 6, seed=seed + 100, dtype=dtype), randint(4, size, seed=seed + 100)
+    y, y_labels = leaf(size, 6, seed=seed + 100, dtype=dtype), randint(4, size, seed=seed + 100)
     if holds_self:
         with torch.no_grad():
             y[:10] = x
@@ -150,7 +144,7 @@ def test_loss_and_gradients_are_the_definitions(
         assert loss.dtype == torch.float64
         assert relative_error(loss, expected) < 1e-12
         inputs = (*inputs_of(given), tau)
-        upstream = randn(10, seed=seed + 20).detach() if reduction == "none" else None
+        upstream = leaf(10, seed=seed + 20).detach() if reduction == "none" else None
         found = torch.autograd.grad(loss, inputs, upstream)
         exact = torch.autograd.grad(expected, inputs, upstream)
         for ours, truth in zip(found, exact, strict=True):
@@ -161,7 +155,7 @@ def test_loss_and_gradients_are_the_definitions(
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_positives_that_no_labels_describe(definition: Definition, backend: Backend) -> None:
     """Neither symmetric nor transitive, one anchor with every other as its positive, in either index dtype."""
-    x, tau = randn(9, 5), scalar(0.3)
+    x, tau = leaf(9, 5), scalar(0.3)
     positive = (randint(3, 9, 9) == 0) & ~torch.eye(9, dtype=torch.bool)
     positive[2], positive[5] = torch.arange(9) != 2, False
     for dtype in (torch.int64, torch.int32):
@@ -183,7 +177,7 @@ def test_positives_that_no_labels_describe(definition: Definition, backend: Back
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_two_views_are_info_nce(definition: Definition) -> None:
     """With one positive each, all definitions agree."""
-    x, y = randn(7, 5), randn(7, 5, seed=1)
+    x, y = leaf(7, 5), leaf(7, 5, seed=1)
     ids = torch.arange(7)
     loss = fused_sup_con(x, ids, temperature=0.2, definition=definition, other=y, other_labels=ids)
     assert relative_error(loss, fused_info_nce(x, y, temperature=0.2)) < 1e-12
@@ -215,7 +209,7 @@ def test_nothing_to_pull_or_nothing_to_push(
     none = torch.empty(2, 0, dtype=torch.long)
     every = (~torch.eye(4, dtype=torch.bool)).nonzero().mT
     for size, labels, pairs in ((4, range(4), none), (1, range(1), none), (4, [5] * 4, every)):
-        x, tau = randn(size, 3), scalar(0.1)
+        x, tau = leaf(size, 3), scalar(0.1)
         arguments = {"labels": torch.tensor(labels)} if how == "labels" else {"positives": pairs}
         loss = fused_sup_con(
             x, **arguments, temperature=tau, definition=definition, backend=backend
@@ -251,7 +245,7 @@ def test_exact_near_convergence(definition: Definition, how: str) -> None:
 )
 def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     """Only whether they are equal matters."""
-    x, labels = randn(8, 4), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    x, labels = leaf(8, 4), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
     loss = fused_sup_con(x, labels.to(dtype))
     assert torch.equal(loss, fused_sup_con(x, labels * -(2**40) + 3))
 
@@ -271,7 +265,7 @@ def test_gradcheck(definition: Definition, how: str) -> None:
     def loss(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
         return fused_sup_con(x, other=y, temperature=tau, definition=definition, **chosen)
 
-    inputs = (randn(3, 3), randn(4, 3, seed=1), scalar(0.5))
+    inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.5))
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
 
