@@ -2,11 +2,12 @@
 
 from hdc_kernels import reference
 from hdc_kernels.clip import CLIP, fused_clip
+from hdc_kernels.cross_entropy import InfoNCEMetrics
 from hdc_kernels.decoupled import DCL, DCLW, fused_dcl, fused_dclw
 from hdc_kernels.hard_negatives import HNNCE, fused_hn_nce
 from hdc_kernels.hd_nce import HDNCE, HDNCEMetrics, fused_hd_nce
 from hdc_kernels.in_chunks import InChunks
-from hdc_kernels.info_nce import InfoNCE, InfoNCEMetrics, fused_info_nce
+from hdc_kernels.info_nce import InfoNCE, fused_info_nce
 from hdc_kernels.moco import MoCo, Queue, fused_moco
 from hdc_kernels.nt_xent import NTXent, fused_nt_xent
 from hdc_kernels.siglip import SigLIP, fused_siglip

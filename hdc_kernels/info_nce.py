@@ -1,45 +1,28 @@
 """InfoNCE: pick the key that belongs to the query out of the batch (the paper's equations 1 to 3)."""
 
-import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import EVERYTHING, Mask
-from hdc_kernels.checks import (
-    Backend,
-    Reduction,
-    check_choice,
-    check_labels,
-    check_number,
-    check_pair,
-    check_temperature,
-)
+from hdc_kernels.checks import Backend, Reduction, check_pair
 from hdc_kernels.contrast import Contrast, contrast
-from hdc_kernels.distributed.contrast import contrast_across
+from hdc_kernels.cross_entropy import (
+    InfoNCEMetrics,
+    Options,
+    check_label_smoothing,
+    cross_entropy,
+    no_rows,
+    over_uniform,
+    own_and,
+    total,
+)
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
+from hdc_kernels.false_negatives import Ids, without_false_negatives
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import logsumexp
-from hdc_kernels.positives import divide, embeddings, info_nce_terms, positive_logits
-
-Ids = Tensor | tuple[Tensor, Tensor]
-
-
-class InfoNCEMetrics(NamedTuple):
-    """What to log of one step, detached.
-
-    loss: [..., B], the loss of every query, before `sample_weights`.
-    accuracy: the share of queries whose positive is closer than every negative; float32, no dimension.
-    rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
-
-    Accuracy and rank are of the direction from query to key, also with `symmetric`.
-    """
-
-    loss: Tensor
-    accuracy: Tensor
-    rank: Tensor
+from hdc_kernels.positives import embeddings, info_nce_terms, positive_logits
 
 
 @overload
@@ -52,6 +35,7 @@ def fused_info_nce(
     negatives: Tensor | None = ...,
     in_batch: bool = ...,
     ids: Ids | None = ...,
+    false_negatives: Tensor | None = ...,
     sample_weights: Tensor | None = ...,
     label_smoothing: float = ...,
     reduction: Reduction = ...,
@@ -72,6 +56,7 @@ def fused_info_nce(
     negatives: Tensor | None = ...,
     in_batch: bool = ...,
     ids: Ids | None = ...,
+    false_negatives: Tensor | None = ...,
     sample_weights: Tensor | None = ...,
     label_smoothing: float = ...,
     reduction: Reduction = ...,
@@ -91,6 +76,7 @@ def fused_info_nce(
     negatives: Tensor | None = None,
     in_batch: bool = True,
     ids: Ids | None = None,
+    false_negatives: Tensor | None = None,
     sample_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
@@ -116,6 +102,11 @@ def fused_info_nce(
         ids: integers that say which keys are no negatives: a key with the query's id that is not its own positive
             is left out. A tensor [B] of queries and keys (N = B), or a pair of [B] and [N]. Needs queries
             [B, D], no `negatives` (those can be rows of `key`), and no `label_smoothing`.
+        false_negatives: keys that are left out pair by pair, under the conditions of `ids` and beside them: [2, E]
+            integers, the pairs (row of query, row of key), which are not checked and may be left out twice; or
+            [B, N] bool, True where a key is left out. That costs B·N bytes, whoever calls holds them, a search through
+            all of them, 16 bytes for each that is True, and a graph of `torch.compile` of its own. Needs a single
+            process; on a GPU, plain PyTorch computes the loss, in chunks.
         sample_weights: [..., B], w_i ≥ 0: "mean" becomes Σ w_i·l_i / Σ w_i, "sum" Σ w_i·l_i, "none" w_i·l_i.
             Its values are not checked; where they sum to 0, "mean" is NaN.
         label_smoothing: ε in [0, 1): the target is 1 − ε + ε/C for the positive and ε/C for each negative, among
@@ -132,7 +123,7 @@ def fused_info_nce(
             `negatives` [M, D] of any rank are negatives everywhere. B and N may be 0 on some ranks. None is this
             process alone.
         return_metrics: also return every query's loss, the rank of its positive and the accuracy, out of the same
-            pass (on a GPU, and with `negatives` [M, D] alone, ranks take another one without gradients).
+            pass (on a GPU, ranks take another one without gradients).
 
     Returns:
         A scalar, or [..., B] for "none"; float64 for float64 inputs, float32 for all others. With
@@ -154,98 +145,51 @@ def fused_info_nce(
         extra_rows=in_batch and not symmetric,
         empty=process_group is not None,
     )
-    check_temperature(temperature)
-    check_choice("reduction", reduction, Reduction)
-    check_choice("backend", backend, Backend)
+    options = Options(
+        temperature,
+        reduction,
+        normalize,
+        backend,
+        sample_weights,
+        label_smoothing,
+        return_metrics,
+    )
+    options.check(query.shape[:-1], query.device)
+    grouped = process_group is not None
     if negatives is not None or not in_batch:
-        _check_negatives(negatives, query, symmetric, process_group is not None)
-    if ids is not None:
-        _check_ids(ids, query, key, negatives, label_smoothing)
-    if sample_weights is not None:
-        _check_sample_weights(sample_weights, query)
-    if label_smoothing:
-        check_label_smoothing(label_smoothing)
-    rows = query.shape[:-1]
-    if query.dim() > 3:
-        query, key = query.flatten(0, -3), key.flatten(0, -3)
+        _check_negatives(negatives, query, symmetric, grouped)
+    for option, given in (("ids", ids), ("false_negatives", false_negatives)):
+        if given is not None and negatives is not None:
+            raise ValueError(
+                f"{option} is given together with negatives, which have none; append them to key instead"
+            )
+    mask = without_false_negatives(
+        ids,
+        false_negatives,
+        ("query", "key"),
+        query,
+        key,
+        grouped=grouped,
+        label_smoothing=label_smoothing,
+    )
     if negatives is not None and in_batch and negatives.dim() == 2:
         key, negatives = torch.cat((key, negatives)), None
-    whole = reduction != "none" and sample_weights is None
-    count = math.prod(rows)
     queries = keys = None  # the rows on all ranks
     if process_group is not None:
         queries, keys = meet(process_group, query.device, query.shape[-2], key.shape[-2])
-        count = math.prod(rows[:-1]) * queries.size
-    divisor: int | Tensor = count if reduction == "mean" else 1
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "normalize": normalize,
-        "backend": backend,
-    }
     if negatives is None:
-        options["weights"], options["divisor"] = ([1.0], divisor) if whole else (None, 1)
-        options["symmetric"], options["ranked"] = symmetric, return_metrics
-        if queries is None or keys is None:
-            mask = EVERYTHING if ids is None else _mask(ids)
-            value, terms, _, ranks = contrast([(query, key)], mask=mask, **options)
-        else:
-            value, terms, _, ranks = _across(queries, keys, query, key, ids, options)
-    else:
-        if queries is not None and keys is not None:
-            key, negatives = _gather(queries, keys, key, negatives, in_batch)
-        if queries is None or queries.own:
-            value, ranks = _against(query, key, negatives, in_batch, return_metrics, options)
-        else:
-            value = queries.nothing(query, key, negatives, temperature)
-            ranks = value.long()
-        terms, whole = value.detach(), False
-    if label_smoothing:
-        extra = label_smoothing * _smoothing(
-            query,
-            key,
-            negatives,
-            in_batch,
-            temperature,
-            symmetric,
-            normalize,
-            keys if negatives is None else None,
+        return cross_entropy(
+            query, key, options, symmetric=symmetric, mask=mask, queries=queries, keys=keys
         )
-        value = value + (extra.sum() / divisor if whole else extra)
-        terms = terms + extra.detach()
-    if sample_weights is not None:
-        shares = sample_weights.flatten().to(value.dtype)
-        value = value * shares
-        if reduction == "mean":
-            divisor = shares.sum() if queries is None else queries.sum(shares.sum())
-    if not whole:
-        value = value.view(rows) if reduction == "none" else value.sum() / divisor
-    if queries is not None:
-        value = queries.shown(value, reduction)
-    if not return_metrics:
-        return value
-    assert ranks is not None
-    return value, InfoNCEMetrics(terms.view(rows), (ranks == 0).float().mean(), ranks.view(rows))
-
-
-def _across(
-    queries: Rows,
-    keys: Rows,
-    query: Tensor,
-    key: Tensor,
-    ids: Ids | None,
-    options: dict[str, Any],
-) -> Contrast:
-    """`contrast` with the keys of all ranks."""
-    if query.dim() == 3:  # they are exchanged by rows
-        query, key = query.transpose(0, 1), key.transpose(0, 1)
-    return contrast_across(
-        queries,
-        keys,
-        [(query, key)],
-        rows_first=int(query.dim() == 3),
-        ids=(ids, ids) if isinstance(ids, Tensor) else ids,
-        **options,
-    )
+    if queries is not None and keys is not None:
+        key, negatives = _gather(queries, keys, key, negatives, in_batch)
+    if queries is None or queries.own:
+        found = _against(query, key, negatives, in_batch, options)
+    else:
+        found = no_rows(queries, query, key, negatives, temperature)
+    excess = _over_uniform(query, key, negatives, in_batch, options) if label_smoothing else None
+    count = len(query) if queries is None else queries.size
+    return options.result(found, query, key, query.shape[:-1], count, queries, excess)
 
 
 def _gather(
@@ -262,38 +206,27 @@ def _gather(
 
 
 def _against(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    in_batch: bool,
-    ranked: bool,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """Terms and ranks, [B] each, against private negatives, or against shared ones and no other key."""
-    rows = len(query)
+    query: Tensor, key: Tensor, negatives: Tensor, in_batch: bool, options: Options
+) -> Contrast:
+    """Terms, [B], against private negatives, or against shared ones and no other key."""
+    arguments, ranked = {"weights": None, **options.primitive()}, options.return_metrics
     if negatives.dim() == 3:
-        own = torch.cat((key[:rows].unsqueeze(1), negatives), 1)
-        terms, _, _, ranks = contrast(
-            [(query.unsqueeze(1), own)], weights=None, ranked=ranked, **options
-        )
+        own = torch.cat((key[: len(query)].unsqueeze(1), negatives), 1)
+        alone = contrast([(query.unsqueeze(1), own)], ranked=ranked, **arguments)
         if not in_batch:
-            return terms, ranks
-        others = contrast([(query, key)], weights=None, ranked=ranked, **options)
-        union = _union(terms, others.value)
-        return union, None if ranks is None or others.ranks is None else ranks + others.ranks
-    positive = positive_logits(query, key, options["temperature"], normalize=options["normalize"])
-    terms = info_nce_terms(logsumexp(query, negatives, **options), positive)
-    if not ranked:
-        return terms, None
-    # With one id for every query and key, and another one for the negatives, no key but its own is left.
-    keys = torch.cat((key, negatives))
-    ids = (torch.arange(len(keys), device=query.device) >= rows).long().unsqueeze(0)
-    only = Mask(ids=(ids[:, :rows], ids))
-    with torch.no_grad():
-        only_ranks = contrast(
-            [(query, keys)], weights=None, mask=only, ranked=True, **options
-        ).ranks
-    return terms, only_ranks
+            return alone
+        others = contrast([(query, key)], ranked=ranked, **arguments)
+        terms, ranks = _union(alone.value, others.value), None
+        if alone.ranks is not None and others.ranks is not None:
+            ranks = alone.ranks + others.ranks
+        return Contrast(terms, terms.detach(), alone.hits & others.hits, ranks)
+    if ranked:
+        keys, mask = own_and(key, negatives)
+        return contrast([(query, keys)], mask=mask, ranked=True, **arguments)
+    # Cheaper than that mask unless there are many negatives, but nobody counts ranks.
+    positive = positive_logits(query, key, options.temperature, normalize=options.normalize)
+    terms = info_nce_terms(logsumexp(query, negatives, **options.primitive()), positive)
+    return Contrast(terms, terms.detach(), torch.zeros_like(terms, dtype=torch.bool))
 
 
 def _union(a: Tensor, b: Tensor) -> Tensor:
@@ -305,40 +238,15 @@ def _union(a: Tensor, b: Tensor) -> Tensor:
     return more + torch.log1p(-torch.expm1(-less) * torch.exp(less - more))
 
 
-def _smoothing(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    in_batch: bool,
-    temperature: float | Tensor,
-    symmetric: bool,
-    normalize: bool,
-    keys: Rows | None,
+def _over_uniform(
+    query: Tensor, key: Tensor, negatives: Tensor, in_batch: bool, options: Options
 ) -> Tensor:
-    """s_ii − mean_j s_ij of every row, flat: what ε brings in. The mean of products is one with the mean key.
-
-    `keys` are the rows of `key` on all ranks, if there are others.
-    """
-    x, y = embeddings(query, normalize=normalize), embeddings(key, normalize=normalize)
-    own = y[..., : x.shape[-2], :]
-    total, count = (y.sum(-2, keepdim=True), y.shape[-2]) if in_batch else (own, 1)
-    if keys is not None:
-        total, count = keys.sum(total), keys.size
-    if negatives is not None:
-        z = embeddings(negatives, normalize=normalize)
-        total, count = total + z.sum(-2, keepdim=z.dim() == 2), count + z.shape[-2]
-    difference = (x * (own - total / count)).sum(-1)
-    if symmetric:
-        mean = x.mean(-2, keepdim=True)
-        if keys is not None:
-            mean = keys.sum(x.sum(-2, keepdim=True)) / keys.size
-        difference = (difference + (own * (x - mean)).sum(-1)) / 2
-    return divide(difference.flatten(), temperature)
-
-
-def _mask(ids: Ids) -> Mask:
-    query_ids, key_ids = (ids, ids) if isinstance(ids, Tensor) else ids
-    return Mask(ids=(query_ids.long().unsqueeze(0), key_ids.long().unsqueeze(0)))
+    """`over_uniform` among the negatives, and the keys or only the query's own."""
+    x, y, z = (embeddings(t, normalize=options.normalize) for t in (query, key, negatives))
+    own = y[: len(x)]
+    inside, count = total(y, None) if in_batch else (own, 1)
+    columns = inside + z.sum(-2, keepdim=z.dim() == 2), count + z.shape[-2]
+    return over_uniform(x, own, columns, options.temperature)
 
 
 def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, empty: bool) -> None:
@@ -372,46 +280,6 @@ def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, e
         raise ValueError(
             "symmetric is True but there are negatives, which have no query; it must be False"
         )
-
-
-def _check_ids(
-    ids: Ids, query: Tensor, key: Tensor, negatives: Tensor | None, label_smoothing: float
-) -> None:
-    if query.dim() != 2:
-        raise ValueError(f"query has shape {list(query.shape)}; with ids it must be [B, D]")
-    if negatives is not None:
-        raise ValueError(
-            "ids is given together with negatives, which have none; append them to key instead"
-        )
-    if label_smoothing:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing} but ids leave columns out; it must be 0"
-        )
-    if isinstance(ids, Tensor):
-        ids = (ids, ids)
-    if not isinstance(ids, (tuple, list)) or len(ids) != 2:
-        raise TypeError(
-            f"ids is a {type(ids).__name__}; it must be a tensor [B] or a pair of tensors [B] and [N]"
-        )
-    check_labels("ids of the queries", ids[0], "query", query)
-    check_labels("ids of the keys", ids[1], "key", key)
-
-
-def _check_sample_weights(weights: Tensor, query: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"sample_weights is a {type(weights).__name__}; it must be a tensor")
-    if weights.shape != query.shape[:-1] or weights.device != query.device:
-        raise ValueError(
-            f"sample_weights has shape {list(weights.shape)} on {weights.device}; "
-            f"it must be {list(query.shape[:-1])} on {query.device}, one for each query"
-        )
-
-
-def check_label_smoothing(epsilon: float) -> None:
-    """A number in [0, 1)."""
-    check_number("label_smoothing", epsilon)
-    if not 0 <= epsilon < 1:
-        raise ValueError(f"label_smoothing is {epsilon}; it must be at least 0 and less than 1")
 
 
 class InfoNCE(Loss):
@@ -448,10 +316,17 @@ class InfoNCE(Loss):
         negatives: Tensor | None = None,
         *,
         ids: Ids | None = None,
+        false_negatives: Tensor | None = None,
         sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_info_nce`."""
         loss: Tensor = fused_info_nce(
-            query, key, negatives=negatives, ids=ids, sample_weights=sample_weights, **self.options
+            query,
+            key,
+            negatives=negatives,
+            ids=ids,
+            false_negatives=false_negatives,
+            sample_weights=sample_weights,
+            **self.options,
         )
         return loss

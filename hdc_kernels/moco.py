@@ -1,21 +1,22 @@
 """MoCo (He et al. 2020): InfoNCE against a queue of keys of earlier batches."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels.backends import Mask
-from hdc_kernels.checks import (
-    Backend,
-    Reduction,
-    check_choice,
-    check_count,
-    check_pair,
-    check_temperature,
+from hdc_kernels.checks import Backend, Reduction, check_count, check_pair
+from hdc_kernels.cross_entropy import (
+    InfoNCEMetrics,
+    Options,
+    check_label_smoothing,
+    cross_entropy,
+    own_and,
 )
-from hdc_kernels.contrast import contrast
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
+from hdc_kernels.positives import embeddings
 
 
 class Queue(nn.Module):
@@ -85,17 +86,54 @@ class Queue(nn.Module):
         return f"size={size}, dimension={dimension}, dtype={self.keys.dtype}"
 
 
+@overload
+def fused_moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Queue | Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    sample_weights: Tensor | None = ...,
+    label_smoothing: float = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Queue | Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    sample_weights: Tensor | None = ...,
+    label_smoothing: float = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, InfoNCEMetrics]: ...
+
+
 def fused_moco(
     query: Tensor,
     key: Tensor,
     queue: Queue | Tensor,
     *,
     temperature: float | Tensor = 0.07,
+    sample_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
     process_group: ProcessGroups | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, InfoNCEMetrics]:
     """log( 1 + Σ_k exp((sim(q_i, n_k) − sim(q_i, k_i))/τ) ), n_k the keys of a queue, with cosine similarity.
 
     Args:
@@ -106,14 +144,16 @@ def fused_moco(
             any keys [K, D] of the same dtype and device.
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
+        sample_weights, label_smoothing: as in `fused_info_nce`; smoothing counts the keys that there are.
         reduction: "mean" over the queries, their "sum", or "none" for one value per query, [B].
         normalize: divide by the L2 norm first, in the queue, too. With False, the similarity is the
             plain dot product.
-        backend: as in `fused_info_nce`.
+        backend, return_metrics: as in `fused_info_nce`.
         process_group: as in `fused_info_nce`, for the mean or sum over all ranks' queries. The queue is this rank's.
 
     Returns:
-        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. With
+        `return_metrics` a pair of it and `InfoNCEMetrics`.
         A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
 
     Raises:
@@ -123,10 +163,17 @@ def fused_moco(
     `info_nce.info_nce(query, key, queue, temperature=τ)` of info-nce-pytorch.
     """
     check_pair(("query", "key"), (query, key), "[B, D]", empty=process_group is not None)
-    check_temperature(temperature)
-    check_choice("reduction", reduction, Reduction)
-    check_choice("backend", backend, Backend)
-    rows, width = query.shape
+    options = Options(
+        temperature,
+        reduction,
+        normalize,
+        backend,
+        sample_weights,
+        label_smoothing,
+        return_metrics,
+    )
+    options.check(query.shape[:1], query.device)
+    width = query.shape[1]
     empty: Tensor | None = None
     if isinstance(queue, Queue):
         empty = torch.arange(len(queue.keys), device=queue.keys.device) >= queue.filled
@@ -141,30 +188,19 @@ def fused_moco(
         ours, theirs = getattr(query, what), getattr(queue, what)
         if ours != theirs:
             raise ValueError(f"queue has {what} {theirs} but query has {ours}; they must be equal")
-    # One id for all queries, their keys and the places that are empty: nobody meets these, but its own key. That
-    # is B × B products in vain, few beside B × K, and saves one of three passes over the queue.
-    ids = torch.zeros(rows + len(queue), dtype=torch.int64, device=query.device)
-    ids[rows:] = 1 if empty is None else (~empty).long()
     across: Rows | None = None
     if process_group is not None:
-        (across,) = meet(process_group, query.device, rows)
+        (across,) = meet(process_group, query.device, len(query))
         across.ranks.refuse_ring("MoCo has a queue")
-        if not rows:
-            terms = across.nothing(query, key, queue, temperature)
-            return across.shown(terms if reduction == "none" else terms.sum(), reduction)
-    count = rows if across is None else across.size
-    value = contrast(
-        [(query, torch.cat((key, queue)))],
-        weights=None if reduction == "none" else [1.0],
-        divisor=count if reduction == "mean" else 1,
-        temperature=temperature,
-        normalize=normalize,
-        mask=Mask(ids=(ids[:rows].unsqueeze(0), ids.unsqueeze(0))),
-        backend=backend,
-    ).value
-    if across is None:
-        return value
-    return across.shown(value, reduction)
+    columns = None
+    if label_smoothing:
+        own, others = embeddings(key, normalize=normalize), embeddings(queue, normalize=normalize)
+        if empty is not None:
+            others = others.masked_fill(empty.unsqueeze(1), 0.0)
+        filled = len(queue) if empty is None else (~empty).sum()
+        columns = own + others.sum(0), filled + 1
+    keys, mask = own_and(key, queue, empty)
+    return cross_entropy(query, keys, options, mask=mask, columns=columns, queries=across)
 
 
 class MoCo(Loss):
@@ -175,7 +211,7 @@ class MoCo(Loss):
         dimension: D, of a key.
         temperature: pass an `nn.Parameter` to learn it.
         dtype: of the queue.
-        reduction, normalize, backend: as in `fused_moco`.
+        label_smoothing, reduction, normalize, backend: as in `fused_moco`.
         process_group: as in `fused_moco`; the keys of all its ranks are put in.
 
     Attributes:
@@ -190,13 +226,16 @@ class MoCo(Loss):
         temperature: float | Tensor = 0.07,
         *,
         dtype: torch.dtype = torch.float32,
+        label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         normalize: bool = True,
         backend: Backend = "auto",
         process_group: ProcessGroups | None = None,
     ) -> None:
+        check_label_smoothing(label_smoothing)
         super().__init__(
             temperature,
+            label_smoothing=label_smoothing,
             reduction=reduction,
             normalize=normalize,
             backend=backend,
@@ -204,9 +243,13 @@ class MoCo(Loss):
         )
         self.queue = Queue(size, dimension, dtype=dtype)
 
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, *, sample_weights: Tensor | None = None
+    ) -> Tensor:
         """See `fused_moco`."""
-        loss = fused_moco(query, key, self.queue, **self.options)
+        loss: Tensor = fused_moco(
+            query, key, self.queue, sample_weights=sample_weights, **self.options
+        )
         if self.training:
             self.queue.enqueue(key, self.process_group)
         return loss

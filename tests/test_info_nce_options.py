@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hdc_kernels.info_nce import InfoNCE, InfoNCEMetrics, fused_info_nce
+from hdc_kernels.cross_entropy import InfoNCEMetrics
+from hdc_kernels.info_nce import InfoNCE, fused_info_nce
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -266,10 +267,11 @@ def test_metrics(reduction: Any, shape: tuple[int, ...] | None, in_batch: bool) 
     assert metrics.accuracy.dtype == torch.float32
     ranks = (s >= s[:, :8].diagonal().unsqueeze(1)).sum(1) - 1  # but for the positive itself
     assert metrics.rank.tolist() == ranks.tolist()
+    torch.testing.assert_close(metrics.logsumexp, s.logsumexp(1), rtol=1e-13, atol=0)
     weighted = fused_info_nce(
         query, key, reduction=reduction, sample_weights=torch.arange(1.0, 9.0), **options
     )
-    assert torch.equal(loss, weighted)
+    torch.testing.assert_close(loss, weighted, rtol=1e-13, atol=0)
 
 
 def test_metrics_of_leading_dimensions() -> None:
@@ -421,8 +423,8 @@ def test_module_equals_function() -> None:
         ({"negatives": randn(3, 4).float()}, "negatives has dtype torch.float32 but query has"),
         ({"negatives": randn(3, 4), "symmetric": True}, "symmetric is True but there are negat"),
         ({"ids": 3}, r"ids is a int; it must be a tensor \[B\] or a pair"),
-        ({"ids": torch.ones(4).long()}, r"ids of the queries has shape \[4\] but query has"),
-        ({"ids": (torch.ones(5).long(), torch.ones(5))}, "ids of the keys has dtype torch.float"),
+        ({"ids": torch.ones(4).long()}, r"ids of query has shape \[4\] but query has"),
+        ({"ids": (torch.ones(5).long(), torch.ones(5))}, "ids of key has dtype torch.float"),
         ({"ids": torch.ones(5).long(), "negatives": randn(3, 4)}, "append them to key instead"),
         ({"ids": torch.ones(5).long(), "label_smoothing": 0.1}, "label_smoothing is 0.1 but ids"),
         ({"sample_weights": [1.0]}, "sample_weights is a list; it must be a tensor"),

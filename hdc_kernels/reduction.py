@@ -1,0 +1,56 @@
+"""From the terms of a loss's rows to what it returns: each times its sample's weight, summed, over all ranks."""
+
+import torch
+from torch import Tensor
+
+from hdc_kernels import reference
+from hdc_kernels.checks import Reduction
+from hdc_kernels.distributed.rows import Rows
+
+
+def weigh(terms: Tensor, sample_weights: Tensor | None) -> Tensor:
+    """w_i·l_i; weights [B] are those of every row of a sample, in terms [2, B]."""
+    return terms if sample_weights is None else terms * sample_weights.to(terms.dtype)
+
+
+def reduce(
+    terms: Tensor,
+    reduction: Reduction,
+    sample_weights: Tensor | None = None,
+    across: Rows | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i, of w_i = 1 if there are none.
+
+    With `across`, the sums are over the terms of all ranks: `count` of them, one for each row if not given.
+    """
+    weighted = weigh(terms, sample_weights)
+    if sample_weights is None or reduction != "mean":
+        if across is None:
+            return reference.reduce(weighted, reduction)
+        return across.reduce(weighted, reduction, count)
+    total = sample_weights.to(terms.dtype).expand_as(terms).sum()
+    if across is None:
+        return weighted.sum() / total
+    return across.total(weighted.sum() / across.sum(total))
+
+
+def check_sample_weights(
+    weights: Tensor | None,
+    shape: torch.Size | tuple[int, ...],
+    device: torch.device,
+    *,
+    name: str = "sample_weights",
+    views: int = 1,
+) -> None:
+    """One for each term, of this shape; of several `views`, one for each sample or for each of its views."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} is a {type(weights).__name__}; it must be a tensor")
+    allowed = [list(shape)] if views == 1 else [list(shape), [views, *shape]]
+    if list(weights.shape) not in allowed or weights.device != device:
+        raise ValueError(
+            f"{name} has shape {list(weights.shape)} on {weights.device}; "
+            f"it must be {' or '.join(map(str, allowed))} on {device}"
+        )
