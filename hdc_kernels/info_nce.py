@@ -172,7 +172,7 @@ def fused_info_nce(
         key, negatives = torch.cat((key, negatives)), None
     whole = reduction != "none" and sample_weights is None
     count = math.prod(rows)
-    queries = keys = None  # the rows on all ranks
+    queries = keys = shared = None  # the rows on all ranks
     if process_group is not None:
         queries, keys = meet(process_group, query.device, query.shape[-2], key.shape[-2])
         count = math.prod(rows[:-1]) * queries.size
@@ -184,20 +184,15 @@ def fused_info_nce(
     }
     if negatives is None:
         options["weights"], options["divisor"] = ([1.0], divisor) if whole else (None, 1)
-        options["symmetric"], options["ranked"] = symmetric, return_metrics
-        if queries is None or keys is None:
-            mask = EVERYTHING if ids is None else _mask(ids)
-            value, terms, _, ranks = contrast([(query, key)], mask=mask, **options)
-        else:
-            value, terms, _, ranks = _across(queries, keys, query, key, ids, options)
+        value, terms, _, ranks = _compare(
+            query, key, ids, queries, keys, symmetric=symmetric, ranked=return_metrics, **options
+        )
     else:
-        if queries is not None and keys is not None:
-            key, negatives = _gather(queries, keys, key, negatives, in_batch)
-        if queries is None or queries.own:
-            value, ranks = _against(query, key, negatives, in_batch, return_metrics, options)
-        else:
-            value = queries.nothing(query, key, negatives, temperature)
-            ranks = value.long()
+        if queries is not None and negatives.dim() == 2:
+            (shared,) = meet(queries.ranks, negatives.device, len(negatives))
+        value, ranks = _against(
+            query, key, negatives, in_batch, return_metrics, queries, keys, shared, options
+        )
         terms, whole = value.detach(), False
     if label_smoothing:
         extra = label_smoothing * _smoothing(
@@ -208,7 +203,8 @@ def fused_info_nce(
             temperature,
             symmetric,
             normalize,
-            keys if negatives is None else None,
+            keys,
+            shared,
         )
         value = value + (extra.sum() / divisor if whole else extra)
         terms = terms + extra.detach()
@@ -227,38 +223,27 @@ def fused_info_nce(
     return value, InfoNCEMetrics(terms.view(rows), (ranks == 0).float().mean(), ranks.view(rows))
 
 
-def _across(
-    queries: Rows,
-    keys: Rows,
+def _compare(
     query: Tensor,
     key: Tensor,
     ids: Ids | None,
-    options: dict[str, Any],
+    queries: Rows | None,
+    keys: Rows | None,
+    **options: Any,
 ) -> Contrast:
-    """`contrast` with the keys of all ranks."""
+    """`contrast`, with the keys of all ranks if there are others."""
+    if isinstance(ids, Tensor):
+        ids = ids, ids
+    if queries is None or keys is None:
+        mask = EVERYTHING
+        if ids is not None:
+            mask = Mask(ids=(ids[0].long().unsqueeze(0), ids[1].long().unsqueeze(0)))
+        return contrast([(query, key)], mask=mask, **options)
     if query.dim() == 3:  # they are exchanged by rows
         query, key = query.transpose(0, 1), key.transpose(0, 1)
     return contrast_across(
-        queries,
-        keys,
-        [(query, key)],
-        rows_first=int(query.dim() == 3),
-        ids=(ids, ids) if isinstance(ids, Tensor) else ids,
-        **options,
+        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), ids=ids, **options
     )
-
-
-def _gather(
-    queries: Rows, keys: Rows, key: Tensor, negatives: Tensor, in_batch: bool
-) -> tuple[Tensor, Tensor]:
-    """Keys and negatives of all ranks, but for negatives that are one query's alone."""
-    queries.ranks.refuse_ring("there are negatives")
-    if in_batch:
-        (key,) = keys.gather(key)
-    if negatives.dim() == 2:
-        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
-        (negatives,) = shared.gather(negatives)
-    return key, negatives
 
 
 def _against(
@@ -267,6 +252,9 @@ def _against(
     negatives: Tensor,
     in_batch: bool,
     ranked: bool,
+    queries: Rows | None,
+    keys: Rows | None,
+    shared: Rows | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Terms and ranks, [B] each, against private negatives, or against shared ones and no other key."""
@@ -278,20 +266,23 @@ def _against(
         )
         if not in_batch:
             return terms, ranks
-        others = contrast([(query, key)], weights=None, ranked=ranked, **options)
+        others = _compare(query, key, None, queries, keys, weights=None, ranked=ranked, **options)
         union = _union(terms, others.value)
         return union, None if ranks is None or others.ranks is None else ranks + others.ranks
     positive = positive_logits(query, key, options["temperature"], normalize=options["normalize"])
-    terms = info_nce_terms(logsumexp(query, negatives, **options), positive)
+    everybody = negatives if shared is None else shared.share(negatives)
+    terms = info_nce_terms(logsumexp(query, everybody, **options), positive)
     if not ranked:
         return terms, None
     # With one id for every query and key, and another one for the negatives, no key but its own is left.
-    keys = torch.cat((key, negatives))
-    ids = (torch.arange(len(keys), device=query.device) >= rows).long().unsqueeze(0)
-    only = Mask(ids=(ids[:, :rows], ids))
+    both = torch.cat((key, negatives))
+    ids = (torch.arange(len(both), device=query.device) >= rows).long()
+    if keys is not None and shared is not None:
+        sizes = tuple(a + b for a, b in zip(keys.sizes, shared.sizes, strict=True))
+        keys = keys._replace(sizes=sizes)
     with torch.no_grad():
-        only_ranks = contrast(
-            [(query, keys)], weights=None, mask=only, ranked=True, **options
+        only_ranks = _compare(
+            query, both, (ids[:rows], ids), queries, keys, weights=None, ranked=True, **options
         ).ranks
     return terms, only_ranks
 
@@ -314,19 +305,23 @@ def _smoothing(
     symmetric: bool,
     normalize: bool,
     keys: Rows | None,
+    shared: Rows | None,
 ) -> Tensor:
     """s_ii − mean_j s_ij of every row, flat: what ε brings in. The mean of products is one with the mean key.
 
-    `keys` are the rows of `key` on all ranks, if there are others.
+    `keys` and `shared` are the rows of `key` and of `negatives` [M, D] on all ranks, if there are others.
     """
     x, y = embeddings(query, normalize=normalize), embeddings(key, normalize=normalize)
     own = y[..., : x.shape[-2], :]
     total, count = (y.sum(-2, keepdim=True), y.shape[-2]) if in_batch else (own, 1)
-    if keys is not None:
+    if keys is not None and in_batch:
         total, count = keys.sum(total), keys.size
     if negatives is not None:
         z = embeddings(negatives, normalize=normalize)
-        total, count = total + z.sum(-2, keepdim=z.dim() == 2), count + z.shape[-2]
+        extra, several = z.sum(-2, keepdim=z.dim() == 2), z.shape[-2]
+        if shared is not None:
+            extra, several = shared.sum(extra), shared.size
+        total, count = total + extra, count + several
     difference = (x * (own - total / count)).sum(-1)
     if symmetric:
         mean = x.mean(-2, keepdim=True)
@@ -334,11 +329,6 @@ def _smoothing(
             mean = keys.sum(x.sum(-2, keepdim=True)) / keys.size
         difference = (difference + (own * (x - mean)).sum(-1)) / 2
     return divide(difference.flatten(), temperature)
-
-
-def _mask(ids: Ids) -> Mask:
-    query_ids, key_ids = (ids, ids) if isinstance(ids, Tensor) else ids
-    return Mask(ids=(query_ids.long().unsqueeze(0), key_ids.long().unsqueeze(0)))
 
 
 def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, empty: bool) -> None:

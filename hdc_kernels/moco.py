@@ -148,10 +148,6 @@ def fused_moco(
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, query.device, rows)
-        across.ranks.refuse_ring("MoCo has a queue")
-        if not rows:
-            terms = across.nothing(query, key, queue, temperature)
-            return across.shown(terms if reduction == "none" else terms.sum(), reduction)
     count = rows if across is None else across.size
     value = contrast(
         [(query, torch.cat((key, queue)))],

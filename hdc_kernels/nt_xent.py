@@ -70,7 +70,9 @@ def fused_nt_xent(
     else:
         views = meet(process_group, first.device, batch)[0].times(2)
         divisor = views.size if reduction == "mean" else 1
-        share = contrast_across(views, views, pairs, divisor=divisor, own_ids=ids, **options).value
+        rows = views.numbers(first.device)[: 2 * batch]
+        ids = rows, rows.roll(batch)
+        share = contrast_across(views, views, pairs, divisor=divisor, ids=ids, **options).value
         value = views.shown(share, reduction)
     return value.view(2, batch) if reduction == "none" else value
 
