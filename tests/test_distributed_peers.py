@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from hdc_kernels import fused_info_nce
 from hdc_kernels.compat import lightly, moco, open_clip, supcon
 from hdc_kernels.compat import pytorch_metric_learning as pml
-from hdc_kernels.compat.sentence_transformers import MultipleNegativesRankingLoss
+from hdc_kernels.compat.sentence_transformers import (
+    MultipleNegativesRankingLoss,
+    multiple_negatives_ranking,
+)
 from hdc_kernels.distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -89,6 +92,13 @@ def sentences(rank: int, world_size: int) -> None:
             rank,
             columns=3,
         )
+    ring = Ranks(dist.group.WORLD, strategy="ring")
+    compare(
+        lambda *x: multiple_negatives_ranking(x, directions=every),
+        lambda *x: multiple_negatives_ranking(x, directions=every, process_group=ring),
+        rank,
+        columns=3,
+    )
 
 
 def labels(rank: int, world_size: int) -> None:
