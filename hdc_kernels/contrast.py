@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdc_kernels import autograd, operators
+from hdc_kernels import autograd, operators, reference
 from hdc_kernels.backends import EVERYTHING, Function, Mask, plain
 from hdc_kernels.call import Call
 from hdc_kernels.selection import implementation, select
@@ -53,9 +53,14 @@ def contrast(
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
     The first `rows_first` pairs are [M, G, D] and [N, G, D] instead, batches of timesteps for example.
     What depends on the batch size goes into `divisor`: a compiled graph then serves every batch size.
+    No rows at all, as a rank may have among others, have no terms, whose gradients are 0.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     tau = temperature if isinstance(temperature, Tensor) else None
+    if not any(t.shape[:-1].numel() for t in x):
+        nothing = _no_terms(*x, *y, tau, bias)
+        value = nothing if weights is None else nothing.sum()
+        return Contrast(value, nothing.detach(), nothing.bool(), nothing.long() if ranked else None)
     if mask is not EVERYTHING:
         _check_mask(mask, x, y)
     compiling = torch.compiler.is_compiling()
@@ -94,6 +99,13 @@ def _check_mask(mask: Mask, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Non
             expected = side.shape[:-1] if side.dim() == 3 else (1, *side.shape[:-1])
             if ids.shape != expected:
                 raise ValueError(f"a mask's ids have shape {ids.shape}; it must be {expected}")
+
+
+def _no_terms(*tensors: Tensor | None) -> Tensor:
+    """[0], with a gradient of 0 for each tensor."""
+    empty = [t.flatten()[:0] for t in tensors if t is not None]
+    dtype = reference.compute_dtype(empty[0].dtype)
+    return torch.stack([t.to(dtype) for t in empty]).sum(0)
 
 
 def _plain(

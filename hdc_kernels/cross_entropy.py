@@ -116,7 +116,6 @@ def cross_entropy(
     shape: tuple[int, ...] | None = None,
     queries: Rows | None = None,
     keys: Rows | None = None,
-    ids_within: bool = False,
 ) -> Result:
     """−log softmax_j(s_ij)_i of query [..., B, D] and key [..., N, D], N ≥ B, over what `mask` lets through.
 
@@ -125,7 +124,6 @@ def cross_entropy(
             not all of `key`.
         shape: of the terms, if not [..., B].
         queries, keys: whose rows they are, if there are other ranks; without `keys`, no key is exchanged.
-        ids_within: the mask's ids are compared within this rank only.
 
     Returns:
         The loss, with `return_metrics` a pair of it and `InfoNCEMetrics`.
@@ -142,19 +140,7 @@ def cross_entropy(
         "ranked": options.return_metrics,
         **options.primitive(),
     }
-    if queries is None or (keys is None and queries.own):
-        found = contrast([(query, key)], mask=mask, **arguments)
-    elif keys is None:
-        found = no_rows(queries, query, key, options.temperature)
-    else:
-        pair, ids = (query, key), None
-        if query.dim() == 3:  # they are exchanged by rows
-            pair = query.transpose(0, 1), key.transpose(0, 1)
-        if mask.ids is not None:
-            ids = mask.ids[0].squeeze(0), mask.ids[1].squeeze(0)
-        arguments["own_ids" if ids_within else "ids"] = ids
-        rows_first = int(query.dim() == 3)
-        found = contrast_across(queries, keys, [pair], rows_first=rows_first, **arguments)
+    found = compare(query, key, mask, queries, keys, **arguments)
     excess = None
     if options.label_smoothing:
         x, y = (embeddings(t, normalize=options.normalize) for t in (query, key))
@@ -167,10 +153,23 @@ def cross_entropy(
     return options.result(found, query, key, shape, count, queries, excess)
 
 
-def no_rows(queries: Rows, *tensors: Tensor | float) -> Contrast:
-    """That of a rank without queries: it takes part in the gradients."""
-    nothing = queries.nothing(*tensors)
-    return Contrast(nothing, nothing.detach(), nothing.bool(), nothing.long())
+def compare(
+    query: Tensor,
+    key: Tensor,
+    mask: Mask,
+    queries: Rows | None,
+    keys: Rows | None,
+    **arguments: Any,
+) -> Contrast:
+    """`contrast`, with the keys of all ranks if there are `keys` of others."""
+    if queries is None or keys is None:
+        return contrast([(query, key)], mask=mask, **arguments)
+    ids = None if mask.ids is None else (mask.ids[0].squeeze(0), mask.ids[1].squeeze(0))
+    if query.dim() == 3:  # they are exchanged by rows
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    return contrast_across(
+        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), ids=ids, **arguments
+    )
 
 
 def own_and(key: Tensor, negatives: Tensor, empty: Tensor | None = None) -> tuple[Tensor, Mask]:

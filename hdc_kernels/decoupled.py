@@ -18,7 +18,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.pairwise import Columns, logsumexp
 from hdc_kernels.positives import positive_logits
 
 
@@ -65,7 +65,6 @@ def fused_dcl(
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, first.device, batch)
-        across.ranks.refuse_ring("DCL has none")
     if (batch if across is None else across.size) == 1:
         raise ValueError(
             f"first has shape {list(first.shape)}; B must be at least 2, for the only negatives are other "
@@ -76,14 +75,13 @@ def fused_dcl(
         _check_weights(weights, first)
         positive = positive * weights.to(positive.dtype)
     rows = torch.cat((first, second))
-    if across is None:
-        columns, samples = rows, torch.arange(batch, device=first.device)
-    else:
-        columns, samples = torch.cat(across.gather(first, second)), across.numbers(first.device)
-        if not batch:
-            nothing = across.nothing(positive, columns).view(2, 0)
-            return across.reduce(nothing, reduction, 2 * across.size)
-    ids = samples[:batch].repeat(2).unsqueeze(0), samples.repeat(2).unsqueeze(0)
+    columns: Columns = rows
+    samples = everybody = torch.arange(batch, device=first.device).repeat(2)
+    if across is not None:
+        views = across.times(2)
+        columns, samples = views.share(rows), across.numbers(first.device)[:batch].repeat(2)
+        everybody = views.gather_integers(samples)
+    ids = samples.unsqueeze(0), everybody.unsqueeze(0)
     lse = logsumexp(
         rows,
         columns,

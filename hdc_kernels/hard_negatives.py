@@ -20,7 +20,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.pairwise import Columns, logsumexp
 from hdc_kernels.positives import divide, positive_logits
 
 
@@ -90,25 +90,24 @@ def fused_hn_nce(
         temperature = temperature.to(reference.compute_dtype(query.dtype)).reshape(())
     positive = positive_logits(query, key, temperature, normalize=normalize)
     across: Rows | None = None
-    keys, queries, everybody, size = key, query, labels, len(query)
+    keys: Columns = key
+    queries: Columns = query
+    everybody, size = labels, len(query)
     if process_group is not None:
         (across,) = meet(process_group, query.device, size)
-        across.ranks.refuse_ring("HN-NCE has none")
         size = across.size
-        (keys,) = across.gather(key)
+        keys = across.share(key)
         if symmetric:
-            (queries,) = across.gather(query)
+            queries = across.share(query)
         if labels is not None:
             everybody = across.gather_integers(labels)
-        if not len(query):
-            return across.reduce(across.nothing(positive, keys, queries), reduction)
     counts = _count_negatives(positive, labels, everybody, size)
     least = divide(counts.new_full((), -1.0), temperature)
     ids = None
     if labels is not None and everybody is not None:
         ids = labels.unsqueeze(0), everybody.unsqueeze(0)
 
-    def direction(x: Tensor, y: Tensor) -> Tensor:
+    def direction(x: Tensor, y: Columns) -> Tensor:
         def over_negatives(factor: float) -> Tensor:
             return logsumexp(
                 x,

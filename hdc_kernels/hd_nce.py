@@ -131,7 +131,7 @@ def fused_hd_nce(
             across,
             pairs,
             divisor=across.size if reduction == "mean" else 1,
-            refuse_ring="metrics are asked for" if return_metrics else "",
+            hits=return_metrics,
             **options,
         )
     sizes = [n * batch for n in steps] + [batch] * len(temporal)

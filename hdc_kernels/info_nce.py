@@ -5,14 +5,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from hdc_kernels.backends import EVERYTHING
 from hdc_kernels.checks import Backend, Reduction, check_pair
 from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.cross_entropy import (
     InfoNCEMetrics,
     Options,
     check_label_smoothing,
+    compare,
     cross_entropy,
-    no_rows,
     over_uniform,
     own_and,
     total,
@@ -174,39 +175,32 @@ def fused_info_nce(
     )
     if negatives is not None and in_batch and negatives.dim() == 2:
         key, negatives = torch.cat((key, negatives)), None
-    queries = keys = None  # the rows on all ranks
+    queries = keys = shared = None  # the rows on all ranks
     if process_group is not None:
         queries, keys = meet(process_group, query.device, query.shape[-2], key.shape[-2])
     if negatives is None:
         return cross_entropy(
             query, key, options, symmetric=symmetric, mask=mask, queries=queries, keys=keys
         )
-    if queries is not None and keys is not None:
-        key, negatives = _gather(queries, keys, key, negatives, in_batch)
-    if queries is None or queries.own:
-        found = _against(query, key, negatives, in_batch, options)
-    else:
-        found = no_rows(queries, query, key, negatives, temperature)
-    excess = _over_uniform(query, key, negatives, in_batch, options) if label_smoothing else None
+    if queries is not None and negatives.dim() == 2:
+        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
+    found = _against(query, key, negatives, in_batch, queries, keys, shared, options)
+    excess = None
+    if label_smoothing:
+        excess = _over_uniform(query, key, negatives, in_batch, keys, shared, options)
     count = len(query) if queries is None else queries.size
     return options.result(found, query, key, query.shape[:-1], count, queries, excess)
 
 
-def _gather(
-    queries: Rows, keys: Rows, key: Tensor, negatives: Tensor, in_batch: bool
-) -> tuple[Tensor, Tensor]:
-    """Keys and negatives of all ranks, but for negatives that are one query's alone."""
-    queries.ranks.refuse_ring("there are negatives")
-    if in_batch:
-        (key,) = keys.gather(key)
-    if negatives.dim() == 2:
-        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
-        (negatives,) = shared.gather(negatives)
-    return key, negatives
-
-
 def _against(
-    query: Tensor, key: Tensor, negatives: Tensor, in_batch: bool, options: Options
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    in_batch: bool,
+    queries: Rows | None,
+    keys: Rows | None,
+    shared: Rows | None,
+    options: Options,
 ) -> Contrast:
     """Terms, [B], against private negatives, or against shared ones and no other key."""
     arguments, ranked = {"weights": None, **options.primitive()}, options.return_metrics
@@ -215,17 +209,21 @@ def _against(
         alone = contrast([(query.unsqueeze(1), own)], ranked=ranked, **arguments)
         if not in_batch:
             return alone
-        others = contrast([(query, key)], ranked=ranked, **arguments)
+        others = compare(query, key, EVERYTHING, queries, keys, ranked=ranked, **arguments)
         terms, ranks = _union(alone.value, others.value), None
         if alone.ranks is not None and others.ranks is not None:
             ranks = alone.ranks + others.ranks
         return Contrast(terms, terms.detach(), alone.hits & others.hits, ranks)
     if ranked:
-        keys, mask = own_and(key, negatives)
-        return contrast([(query, keys)], mask=mask, ranked=True, **arguments)
+        both, mask = own_and(key, negatives)
+        if keys is not None and shared is not None:
+            sizes = tuple(a + b for a, b in zip(keys.sizes, shared.sizes, strict=True))
+            keys = keys._replace(sizes=sizes)
+        return compare(query, both, mask, queries, keys, ranked=True, **arguments)
     # Cheaper than that mask unless there are many negatives, but nobody counts ranks.
     positive = positive_logits(query, key, options.temperature, normalize=options.normalize)
-    terms = info_nce_terms(logsumexp(query, negatives, **options.primitive()), positive)
+    everybody = negatives if shared is None else shared.share(negatives)
+    terms = info_nce_terms(logsumexp(query, everybody, **options.primitive()), positive)
     return Contrast(terms, terms.detach(), torch.zeros_like(terms, dtype=torch.bool))
 
 
@@ -239,14 +237,22 @@ def _union(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _over_uniform(
-    query: Tensor, key: Tensor, negatives: Tensor, in_batch: bool, options: Options
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    in_batch: bool,
+    keys: Rows | None,
+    shared: Rows | None,
+    options: Options,
 ) -> Tensor:
     """`over_uniform` among the negatives, and the keys or only the query's own."""
     x, y, z = (embeddings(t, normalize=options.normalize) for t in (query, key, negatives))
     own = y[: len(x)]
-    inside, count = total(y, None) if in_batch else (own, 1)
-    columns = inside + z.sum(-2, keepdim=z.dim() == 2), count + z.shape[-2]
-    return over_uniform(x, own, columns, options.temperature)
+    inside, count = total(y, keys) if in_batch else (own, 1)
+    outside, several = total(z, shared)
+    if z.dim() == 3:
+        outside = outside.squeeze(-2)
+    return over_uniform(x, own, (inside + outside, count + several), options.temperature)
 
 
 def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, empty: bool) -> None:

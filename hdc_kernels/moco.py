@@ -191,7 +191,6 @@ def fused_moco(
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, query.device, len(query))
-        across.ranks.refuse_ring("MoCo has a queue")
     columns = None
     if label_smoothing:
         own, others = embeddings(key, normalize=normalize), embeddings(queue, normalize=normalize)

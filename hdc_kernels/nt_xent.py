@@ -116,11 +116,12 @@ def fused_nt_xent(
     batch = first.shape[0]
     # Beside row i of x stands its positive; both are of one sample, and so is row i itself, elsewhere in y.
     x, y = torch.cat((first, second)), torch.cat((second, first))
-    samples = torch.arange(batch, device=first.device) if ids is None else ids.long()
-    rows = samples.repeat(2).unsqueeze(0)
     views: Rows | None = None
+    samples = torch.arange(batch, device=first.device)
     if process_group is not None:
-        views = meet(process_group, first.device, batch)[0].times(2)
+        (across,) = meet(process_group, first.device, batch)
+        views, samples = across.times(2), across.numbers(first.device)[:batch]
+    rows = (samples if ids is None else ids.long()).repeat(2).unsqueeze(0)
     columns = None
     if label_smoothing:
         z = embeddings(y, normalize=normalize)
@@ -135,7 +136,6 @@ def fused_nt_xent(
         shape=(2, batch),
         queries=views,
         keys=views,
-        ids_within=ids is None,
     )
 
 

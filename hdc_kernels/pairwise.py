@@ -12,9 +12,13 @@ from hdc_kernels import reference
 from hdc_kernels.backends import Function
 from hdc_kernels.checks import Reduction
 from hdc_kernels.contrast import contrast
+from hdc_kernels.distributed import ring
+from hdc_kernels.distributed.rows import Travelling
+
+Columns = Tensor | Travelling  # y [N, D]; or that of all ranks, from `Rows.share`
 
 
-def logsumexp(x: Tensor, y: Tensor, *, reduction: Reduction = "none", **options: Any) -> Tensor:
+def logsumexp(x: Tensor, y: Columns, *, reduction: Reduction = "none", **options: Any) -> Tensor:
     """log Σ_j exp(sim(x_i, y_j)/τ) over the columns j that `mask` lets through: x [M, D], y [N, D] -> [M].
 
     The `options` are those of `contrast`: temperature, normalize, mask, backend, and symmetric (M = N), which
@@ -25,7 +29,7 @@ def logsumexp(x: Tensor, y: Tensor, *, reduction: Reduction = "none", **options:
 
 
 def softplus_sum(
-    x: Tensor, y: Tensor, bias: Tensor | float, *, reduction: Reduction = "none", **options: Any
+    x: Tensor, y: Columns, bias: Tensor | float, *, reduction: Reduction = "none", **options: Any
 ) -> Tensor:
     """Σ_j log(1 + exp(sim(x_i, y_j)/τ + bias_i)) over the columns j that `mask` lets through.
 
@@ -42,11 +46,14 @@ def softplus_sum(
 def _rows(
     function: Function,
     x: Tensor,
-    y: Tensor,
+    y: Columns,
     bias: Tensor | None,
     reduction: Reduction,
     options: dict[str, Any],
 ) -> Tensor:
+    if isinstance(y, Travelling):
+        terms = ring.sums(function, [x], [y.own], y.rows, bias=bias, **options).values
+        return reference.reduce(terms.to(reference.compute_dtype(x.dtype)), reduction)
     return contrast(
         [(x, y)],
         weights=None if reduction == "none" else [1.0],

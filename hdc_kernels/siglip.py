@@ -20,7 +20,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import softplus_sum
+from hdc_kernels.pairwise import Columns, softplus_sum
 from hdc_kernels.positives import positive_logits
 
 
@@ -69,15 +69,13 @@ def fused_siglip(
         bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
     positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
     rows: Rows | None = None
+    texts: Columns = text
     if process_group is not None:
         rows, columns = meet(process_group, image.device, len(image), len(text))
-        rows.ranks.refuse_ring("SigLIP has none")
-        (text,) = columns.gather(text)
-        if not len(image):
-            return rows.reduce(rows.nothing(image, text, temperature, bias), reduction)
+        texts = columns.share(text)
     negatives = softplus_sum(
         image,
-        text,
+        texts,
         bias,
         temperature=temperature,
         normalize=normalize,

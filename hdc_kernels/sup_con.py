@@ -15,9 +15,10 @@ from hdc_kernels.checks import (
     check_temperature,
 )
 from hdc_kernels.distributed.ranks import ProcessGroups
+from hdc_kernels.distributed.ring import add_up
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import logsumexp, softplus_sum
+from hdc_kernels.pairwise import Columns, logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
 from hdc_kernels.positives import embeddings as unit_vectors
 
@@ -71,7 +72,8 @@ def fused_sup_con(
             "sum", or "none" for one value per anchor, [B]. The mean of nothing is 0.
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: as in `fused_info_nce`.
-        process_group: as in `fused_info_nce`; with labels only. `other` is gathered, too: let it differ by rank.
+        process_group: as in `fused_info_nce`. `other` is that of all ranks, too: let it differ by rank. The pairs
+            in `positives` are of this rank's rows; those of other ranks are negatives.
 
     Returns:
         A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. NaN where an
@@ -91,21 +93,17 @@ def fused_sup_con(
     check_choice("without_positive", without_positive, WithoutPositive)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
-    y = embeddings if other is None else other
+    own = embeddings if other is None else other
+    y: Columns = own
     columns = labels if other_labels is None else other_labels
     across: Rows | None = None
     if process_group is not None:
-        if labels is None or columns is None:
-            raise ValueError("positives is given with a process_group; it must be labels instead")
-        across, others = meet(process_group, embeddings.device, len(embeddings), len(y))
-        across.ranks.refuse_ring("SupCon has none")
-        (y,), columns = others.gather(y), others.gather_integers(columns.long())
+        across, others = meet(process_group, embeddings.device, len(embeddings), len(own))
+        y = others.share(own)
+        columns = None if columns is None else others.gather_integers(columns.long())
     holds_self = other is None or other_holds_self
-    problem = _Problem(embeddings, y, holds_self, temperature, normalize, backend)
-    if across is not None and not len(embeddings):
-        terms = across.nothing(embeddings, y, temperature)
-        counts = torch.zeros_like(terms, dtype=torch.long)
-    elif labels is not None and columns is not None:
+    problem = _Problem(embeddings, own, y, holds_self, temperature, normalize, backend)
+    if labels is not None and columns is not None:
         terms, counts = _by_labels(problem, labels.long(), columns.long(), definition)
     else:
         assert positives is not None
@@ -172,10 +170,11 @@ class SupCon(Loss):
 
 
 class _Problem(NamedTuple):
-    """Anchors x [M, D], columns y [N, D], and whether row i of y is anchor i, for i < M."""
+    """Anchors x [M, D], this rank's columns, those of all, and whether column i is anchor i, for i < M."""
 
     x: Tensor
-    y: Tensor
+    own: Tensor
+    y: Columns
     holds_self: bool
     temperature: float | Tensor
     normalize: bool
@@ -200,9 +199,9 @@ class _Problem(NamedTuple):
         return logsumexp(self.x, self.y, **self.options(**mask))
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """x and y as every product takes them."""
+        """x and this rank's columns as every product takes them."""
         x = unit_vectors(self.x, normalize=self.normalize)
-        return x, x if self.y is self.x else unit_vectors(self.y, normalize=self.normalize)
+        return x, x if self.own is self.x else unit_vectors(self.own, normalize=self.normalize)
 
 
 def _by_labels(
@@ -217,8 +216,16 @@ def _by_labels(
     if definition == "out":
         x, y = problem.vectors()
         # The mean of products is one with the mean positive.
-        sums = torch.zeros_like(y).index_add(0, torch.searchsorted(ordered, y_labels), y)
-        own = sums[group.clamp_max(len(y) - 1)]
+        if isinstance(problem.y, Tensor):
+            everybody = y
+            if problem.y is not problem.own:
+                everybody = unit_vectors(problem.y, normalize=problem.normalize)
+            own = _sums_by_label(everybody, y_labels, x_labels)
+        else:
+            own = add_up(
+                lambda its, place: _sums_by_label(its, y_labels[place], x_labels),
+                problem.y._replace(own=y),
+            )
         if problem.holds_self:
             own = own - y[: len(x)]
         mean = divide((x * own).sum(-1) / counts.clamp_min(1), problem.temperature)
@@ -229,6 +236,14 @@ def _by_labels(
         return _log_share(problem.logsumexp(ids=ids, same=True), negative, counts), counts
     options = problem.options(ids, same=True)
     return softplus_sum(-problem.x, problem.y, negative.clamp_min(NOTHING), **options), counts
+
+
+def _sums_by_label(y: Tensor, y_labels: Tensor, x_labels: Tensor) -> Tensor:
+    """For each anchor, the sum of the y of its label."""
+    labels = torch.cat((y_labels, x_labels))
+    place = torch.searchsorted(labels.sort().values, labels)
+    sums = y.new_zeros(len(labels), y.shape[1]).index_add(0, place[: len(y)], y)
+    return sums[place[len(y) :]]
 
 
 def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from hdc_kernels.distributed import Ranks
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 WIDTH = 5
+STRATEGIES = ("gather", "ring")
 
 
 class Part(NamedTuple):
@@ -53,6 +54,13 @@ class Part(NamedTuple):
         return self.whole.split(self.sizes, self.rows)[rank]
 
 
+class Pairs(Part):
+    """Indices, which on each rank are those of its own rows."""
+
+    def of(self, rank: int) -> Tensor:
+        return super().of(rank) - sum(self.sizes[:rank])
+
+
 Shared = Tensor  # an input that every rank has
 Inputs = dict[str, Part | Shared]
 
@@ -64,7 +72,6 @@ class Case(NamedTuple):
     loss: Callable[..., Tensor]
     inputs: Callable[[list[int]], Inputs]
     rows: int = 0
-    ring: bool = False
 
 
 def pair(sizes: list[int], **others: Any) -> Inputs:
@@ -77,6 +84,15 @@ def pair(sizes: list[int], **others: Any) -> Inputs:
 def labelled(sizes: list[int]) -> Inputs:
     labels = torch.randint(0, 3, (sum(sizes),), generator=torch.Generator().manual_seed(0))
     return pair(sizes, labels=Part(labels, sizes))
+
+
+def listed(sizes: list[int]) -> Inputs:
+    """Row i of y is a positive of row i // 2 of the same rank: some have two, one, or none."""
+    whole = [
+        torch.stack((torch.arange(n) // 2, torch.arange(n))) + sum(sizes[:k])
+        for k, n in enumerate(sizes)
+    ]
+    return pair(sizes, pairs=Pairs(torch.cat(whole, 1), sizes, 1))
 
 
 def with_extra(sizes: list[int]) -> Inputs:
@@ -181,6 +197,14 @@ def sup_con_other(x: Tensor, y: Tensor, tau: Tensor, labels: Tensor, **options: 
     return fused_sup_con(x, labels, other=y, other_labels=labels, temperature=tau, **options)
 
 
+def hn_nce_labels(x: Tensor, y: Tensor, tau: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return fused_hn_nce(x, y, temperature=tau, labels=labels, symmetric=True, **options)
+
+
+def sup_con_list(x: Tensor, y: Tensor, tau: Tensor, pairs: Tensor, **options: Any) -> Tensor:
+    return fused_sup_con(x, positives=pairs, other=y, temperature=tau, **options)
+
+
 def moco(x: Tensor, y: Tensor, tau: Tensor, queue: Tensor, **options: Any) -> Tensor:
     return fused_moco(x, y, queue, temperature=tau, **options)
 
@@ -193,28 +217,27 @@ def hd_nce(tau: Tensor, **parts: Any) -> Tensor:
 
 
 CASES = {
-    "info_nce": Case(info_nce, pair, ring=True),
-    "info_nce symmetric": Case(partial(info_nce, symmetric=True), pair, ring=True),
-    "info_nce dot": Case(partial(info_nce, normalize=False), pair, ring=True),
-    "info_nce plain": Case(partial(info_nce, backend="torch"), pair, ring=True),
-    "info_nce chunked": Case(partial(info_nce, backend="chunked", symmetric=True), pair, ring=True),
-    "info_nce grouped": Case(partial(info_nce, symmetric=True), grouped, 2, ring=True),
-    "info_nce keys": Case(info_nce_keys, with_extra, ring=True),
-    "info_nce smoothed": Case(
-        partial(info_nce, label_smoothing=0.1, symmetric=True), pair, ring=True
-    ),
+    "info_nce": Case(info_nce, pair),
+    "info_nce symmetric": Case(partial(info_nce, symmetric=True), pair),
+    "info_nce dot": Case(partial(info_nce, normalize=False), pair),
+    "info_nce plain": Case(partial(info_nce, backend="torch"), pair),
+    "info_nce chunked": Case(partial(info_nce, backend="chunked", symmetric=True), pair),
+    "info_nce grouped": Case(partial(info_nce, symmetric=True), grouped, 2),
+    "info_nce keys": Case(info_nce_keys, with_extra),
+    "info_nce smoothed": Case(partial(info_nce, label_smoothing=0.1, symmetric=True), pair),
     "info_nce smoothed keys": Case(partial(info_nce_keys, label_smoothing=0.1), with_extra),
     "info_nce ids": Case(partial(info_nce_ids, symmetric=True), labelled),
-    "info_nce weights": Case(info_nce_weighted, weighted, ring=True),
+    "info_nce weights": Case(info_nce_weighted, weighted),
     "info_nce negatives": Case(partial(info_nce_negatives, label_smoothing=0.2), with_extra),
     "info_nce only negatives": Case(partial(info_nce_negatives, in_batch=False), with_extra),
     "info_nce private": Case(partial(info_nce_negatives, label_smoothing=0.2), with_private),
     "info_nce only private": Case(partial(info_nce_negatives, in_batch=False), with_private),
-    "clip": Case(clip, pair, ring=True),
-    "nt_xent": Case(nt_xent, pair, 1, ring=True),
-    "nt_xent chunked": Case(partial(nt_xent, backend="chunked"), pair, 1, ring=True),
-    "hd_nce": Case(hd_nce, scales, ring=True),
+    "clip": Case(clip, pair),
+    "nt_xent": Case(nt_xent, pair, 1),
+    "nt_xent chunked": Case(partial(nt_xent, backend="chunked"), pair, 1),
+    "hd_nce": Case(hd_nce, scales),
     "siglip": Case(siglip, biased),
+    "siglip plain": Case(partial(siglip, backend="torch"), biased),
     "siglip keys": Case(siglip_keys, with_extra),
     "dcl": Case(dcl, pair, 1),
     "dcl weights": Case(dcl_weighted, weighted, 1),
@@ -225,7 +248,12 @@ CASES = {
     "sup_con zero": Case(partial(sup_con, without_positive="zero"), labelled),
     "sup_con in": Case(partial(sup_con, definition="in"), labelled),
     "sup_con each": Case(partial(sup_con, definition="each"), labelled),
+    "sup_con each, chunked": Case(partial(sup_con, definition="each", backend="chunked"), labelled),
     "sup_con other": Case(sup_con_other, labelled),
+    "sup_con out, list": Case(sup_con_list, listed),
+    "sup_con in, list": Case(partial(sup_con_list, definition="in"), listed),
+    "sup_con each, list": Case(partial(sup_con_list, definition="each"), listed),
+    "hn_nce labels": Case(hn_nce_labels, labelled),
     "moco": Case(moco, queued),
 }
 SIZES = {
@@ -291,13 +319,11 @@ def compare(
 def every_loss(name: str, kind: str, rank: int, world_size: int) -> None:
     """All reductions, both strategies."""
     sizes = SIZES[world_size][kind]
-    strategies = ["gather", "ring"] if CASES[name].ring else ["auto"]
-    for strategy in strategies:
-        for reduction in ("mean", "sum", "none"):
+    for strategy in STRATEGIES:
+        for reduction in ("mean", "none") if strategy == "ring" else ("mean", "sum", "none"):
             compare(name, sizes, reduction, dist.group.WORLD, {"strategy": strategy})
     if kind == "even" and "keys" not in name and "negatives" not in name:
-        options = {"strategy": strategies[-1], "even_batches": True}
-        compare(name, sizes, "mean", dist.group.WORLD, options)
+        compare(name, sizes, "mean", dist.group.WORLD, {"even_batches": True})
 
 
 def subgroup(rank: int, world_size: int) -> None:
@@ -305,7 +331,7 @@ def subgroup(rank: int, world_size: int) -> None:
     group = dist.new_group([0, world_size - 1])
     if rank in (0, world_size - 1):
         for name in ("info_nce", "clip", "nt_xent", "hd_nce", "siglip", "sup_con out"):
-            for strategy in ["gather", "ring"] if CASES[name].ring else ["auto"]:
+            for strategy in STRATEGIES:
                 compare(name, [3, 1], "mean", group, {"strategy": strategy})
     else:
         with pytest.raises(TypeError, match="process_group is a group without this process; it"):
@@ -368,14 +394,13 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "HNNCE": lambda **options: HNNCE(temperature(), **options),
     "MoCo": lambda **options: MoCo(9, WIDTH, temperature(), dtype=torch.float64, **options),
 }
-RING = {"InfoNCE", "CLIP", "NTXent", "HDNCE"}
 
 
 def data_parallel(rank: int, world_size: int) -> None:
     """Three steps of DDP with uneven batches and an empty one: parameters as after three of one process."""
     sizes = SIZES[world_size]["empty"]
     for name, make in MODULES.items():
-        for strategy in ["gather", "ring"] if name in RING else ["gather"]:
+        for strategy in STRATEGIES:
             whole = Model(make())
             part = Model(make(process_group=Ranks(dist.group.WORLD, strategy=strategy)))
             wrapped = DistributedDataParallel(part)
@@ -436,22 +461,42 @@ def queue_of_all(rank: int, world_size: int) -> None:
 
 
 def metrics(rank: int, world_size: int) -> None:
-    """Of this rank's rows, among the keys of all."""
+    """Of this rank's rows, among the keys of all; also where a key is there twice, or left out, or nobody's."""
     sizes = SIZES[world_size]["uneven"]
-    x, y = randn(sum(sizes), WIDTH), randn(sum(sizes), WIDTH, seed=1)
-    _, whole = fused_info_nce(x, y, return_metrics=True)
-    mine = [t.split(sizes)[rank] for t in (x, y)]
-    _, found = fused_info_nce(*mine, return_metrics=True, process_group=dist.group.WORLD)
-    torch.testing.assert_close(found.loss, whole.loss.split(sizes)[rank])
-    assert torch.equal(found.rank, whole.rank.split(sizes)[rank])
-    assert found.accuracy == (found.rank == 0).float().mean()
-    _, scale = fused_hd_nce(
-        [], [tuple(mine)], alpha=[], beta=[1.0], return_metrics=True, process_group=dist.group.WORLD
-    )
-    torch.testing.assert_close(
-        scale.temporal_loss[0].double(), found.loss.mean(), rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(scale.temporal_accuracy[0], found.accuracy)
+    size = sum(sizes)
+    x, y, extra = (randn(size, WIDTH, seed=k) for k in range(3))
+    y[-1] = y[0]
+    labels = torch.arange(size) % 3
+    for strategy in STRATEGIES:
+        group = Ranks(dist.group.WORLD, strategy=strategy)
+        for options in (
+            {},
+            {"symmetric": True},
+            {"ids": labels},
+            {"negatives": extra},
+            {"negatives": extra, "in_batch": False},
+            {"negatives": extra.unsqueeze(1) * torch.ones(2, 1)},
+        ):
+            mine = {
+                name: t.split(sizes)[rank] if isinstance(t, Tensor) else t
+                for name, t in {"query": x, "key": y, **options}.items()
+            }
+            _, whole = fused_info_nce(x, y, return_metrics=True, **options)
+            _, found = fused_info_nce(**mine, return_metrics=True, process_group=group)
+            torch.testing.assert_close(found.loss, whole.loss.split(sizes)[rank])
+            assert torch.equal(found.rank, whole.rank.split(sizes)[rank])
+            assert found.accuracy == (found.rank == 0).float().mean()
+        _, expected = fused_info_nce(
+            *(t.split(sizes)[rank] for t in (x, y)), return_metrics=True, process_group=group
+        )
+        pair = tuple(t.split(sizes)[rank] for t in (x, y))
+        timesteps = tuple(t.unsqueeze(1).repeat(1, 2, 1) for t in pair)
+        _, scale = fused_hd_nce(
+            [timesteps], [pair], alpha=[1.0], beta=[1.0], return_metrics=True, process_group=group
+        )
+        for loss, accuracy in zip(scale[::2], scale[1::2], strict=True):
+            torch.testing.assert_close(loss[0].double(), expected.loss.mean(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(accuracy[0], expected.accuracy)
 
 
 def narrow_wire(rank: int, world_size: int) -> None:
@@ -514,27 +559,8 @@ def keys_without_gradients(rank: int, world_size: int) -> None:
 
 def refusals(rank: int, world_size: int) -> None:
     """One line each, before anybody waits for anybody."""
-    x, labels = randn(3, 4), torch.arange(3)
-    ring = Ranks(dist.group.WORLD, strategy="ring")
+    x = randn(3, 4)
     for call, message in (
-        (lambda: fused_siglip(x, x, process_group=ring), "strategy is 'ring' but SigLIP has none"),
-        (lambda: fused_dcl(x, x, process_group=ring), "strategy is 'ring' but DCL has none"),
-        (lambda: fused_hn_nce(x, x, process_group=ring), "strategy is 'ring' but HN-NCE has none"),
-        (lambda: fused_sup_con(x, labels, process_group=ring), "'ring' but SupCon has none"),
-        (lambda: fused_moco(x, x, x, process_group=ring), "'ring' but MoCo has a queue"),
-        (lambda: fused_info_nce(x, x, ids=labels, process_group=ring), "'ring' but there are ids"),
-        (
-            lambda: fused_info_nce(x, x, return_metrics=True, process_group=ring),
-            "'ring' but metrics are asked for",
-        ),
-        (
-            lambda: fused_info_nce(x, x, negatives=x, in_batch=False, process_group=ring),
-            "'ring' but there are negatives",
-        ),
-        (
-            lambda: fused_sup_con(x, positives=labels[:2].view(2, 1), process_group=ring),
-            "positives is given with a process_group",
-        ),
         (
             lambda: fused_clip(x[:0], x[:0], process_group=dist.group.WORLD),
             "the batches of all ranks are empty",
@@ -551,11 +577,13 @@ def refusals(rank: int, world_size: int) -> None:
         Ranks(dist.group.WORLD, even_batches=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="group is a list; it must be a ProcessGroup"):
         Ranks([0, 1])  # type: ignore[arg-type]
-    leaf = x.clone().requires_grad_()
-    loss = fused_clip(leaf, x, process_group=dist.group.WORLD)
-    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+    for strategy in STRATEGIES:
+        for fused in (fused_clip, fused_siglip):
+            leaf = x.clone().requires_grad_()
+            loss = fused(leaf, leaf, process_group=Ranks(dist.group.WORLD, strategy=strategy))
+            (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="a second derivative of a loss with a process"):
+                slope.sum().backward()
 
 
 CHECKS: dict[str, processes.Check] = {

@@ -15,8 +15,13 @@ from embeddings import randn
 from torch import Tensor, nn
 
 from hdc_kernels import fused_info_nce
-from hdc_kernels.compat import lightly, open_clip
-from hdc_kernels.compat.sentence_transformers import MultipleNegativesRankingLoss
+from hdc_kernels.compat import lightly, moco, open_clip, supcon
+from hdc_kernels.compat import pytorch_metric_learning as pml
+from hdc_kernels.compat.sentence_transformers import (
+    MultipleNegativesRankingLoss,
+    multiple_negatives_ranking,
+)
+from hdc_kernels.distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -87,9 +92,50 @@ def sentences(rank: int, world_size: int) -> None:
             rank,
             columns=3,
         )
+    ring = Ranks(dist.group.WORLD, strategy="ring")
+    compare(
+        lambda *x: multiple_negatives_ranking(x, directions=every),
+        lambda *x: multiple_negatives_ranking(x, directions=every, process_group=ring),
+        rank,
+        columns=3,
+    )
 
 
-CHECKS: dict[str, processes.Check] = {f.__name__: f for f in (clip, views, sentences)}
+def labels(rank: int, world_size: int) -> None:
+    """pytorch-metric-learning's and SupContrast's, with labels that ranks share, and by image."""
+    whole = torch.arange(sum(SIZES)) % 2
+    mine = whole.split(SIZES)[rank]
+    mask = torch.block_diag(*(torch.ones(n, n) for n in SIZES))
+    for strategy in ("gather", "ring"):
+        ranks = Ranks(dist.group.WORLD, strategy=strategy)
+        for loss in (pml.NTXentLoss, pml.SupConLoss):
+            alone, several = loss(), loss(process_group=ranks)
+            compare(partial(alone, labels=whole), partial(several, labels=mine), rank, columns=1)
+        for options in ({}, {"contrast_mode": "one"}):
+            alone = supcon.SupConLoss(**options)
+            several = supcon.SupConLoss(**options, process_group=ranks)
+            for all_labels, own_labels in ((whole, mine), (None, None)):
+                compare(
+                    lambda x, y, f=alone, its=all_labels: f(torch.stack((x, y), 1), its),
+                    lambda x, y, f=several, its=own_labels: f(torch.stack((x, y), 1), its),
+                    rank,
+                )
+            compare(
+                lambda x, y, f=alone: f(torch.stack((x, y), 1), mask=mask),
+                lambda x, y, f=several: f(torch.stack((x, y), 1), mask=torch.ones(len(x), len(x))),
+                rank,
+            )
+
+
+def momentum(rank: int, world_size: int) -> None:
+    """MoCo v3's."""
+    several = partial(moco.contrastive_loss, T=0.2, process_group=dist.group.WORLD)
+    compare(partial(moco.contrastive_loss, T=0.2), several, rank)
+
+
+CHECKS: dict[str, processes.Check] = {
+    f.__name__: f for f in (clip, views, sentences, labels, momentum)
+}
 
 
 @pytest.fixture(scope="module")

@@ -38,19 +38,35 @@ def total(problems: Problems, loss: Tensor) -> Tensor:
     return torch.stack([weight * pair.sum() for weight, pair in sums]).sum()
 
 
-@torch.no_grad()
 def ranks(problems: Problems) -> Tensor:
     """`Terms.ranks`, for whoever does not count them on the way."""
-    found = []
-    for x, y in zip(problems.x, problems.y, strict=True):
+    return rivals(problems)[0] - 1  # it does not beat itself
+
+
+@torch.no_grad()
+def rivals(problems: Problems, positive: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many of each row's columns the positive's logit is not above, and that logit, [T] each.
+
+    The positive is on the diagonal, and then among these columns, unless its logit is given.
+    """
+    sizes = [x.shape[0] * x.shape[1] for x in problems.x]
+    given = [None] * len(sizes) if positive is None else positive.split(sizes)
+    counts, positives = [], []
+    for x, y, its in zip(problems.x, problems.y, given, strict=True):
         rows = max(1, CHUNK // (y.shape[0] * y.shape[1]))
         parts = []
         for first, chunk in zip(range(0, x.shape[1], rows), x.split(rows, 1), strict=True):
             logits = _logits(chunk, y, first, problems)
-            positive = logits.diagonal(offset=first, dim1=-2, dim2=-1).unsqueeze(-1)
-            parts.append((~(logits < positive)).sum(-1) - 1)  # it does not beat itself
-        found.append(torch.cat(parts, 1).flatten())
-    return torch.cat(found)
+            own = (
+                logits.diagonal(offset=first, dim1=-2, dim2=-1)
+                if its is None
+                else its.view(x.shape[:2])[:, first : first + rows]
+            )
+            parts.append(((~(logits < own.unsqueeze(-1))).sum(-1), own))
+        count, found = (torch.cat(part, 1).flatten() for part in zip(*parts, strict=True))
+        counts.append(count)
+        positives.append(found)
+    return torch.cat(counts), torch.cat(positives)
 
 
 def _whole(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ a bug, the adapter is right, and its docstring says how to get the peer's behavi
 `logit_scale` may always be a tensor, and gets its gradient.
 
 Where a peer gathers embeddings from all processes, so does its adapter: loss and gradients are then those of
-`hdc_kernels.distributed`, whichever of the peer's options for it are set.
+`hdc_kernels.distributed`, whichever of the peer's options for it are set. Others take a `process_group`.
 """
 
 from typing import TYPE_CHECKING

@@ -4,11 +4,14 @@ In v1 and v2 (`moco/builder.py`), everything from "compute logits" on, with the 
 
     loss = moco_loss(q, k, self.queue.clone(), T=self.T)
 
-In v3, `contrastive_loss` (or `ctr_loss`), called for both directions and added, as there.
+In v3, `contrastive_loss` (or `ctr_loss`), called for both directions and added, as there. With a `process_group`,
+value and gradients are those of the global batch: keys of other ranks are negatives, as there, but the value
+is the mean over all ranks' queries, not this rank's alone.
 """
 
 from torch import Tensor
 
+from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.info_nce import fused_info_nce
 from hdc_kernels.moco import fused_moco
 
@@ -18,6 +21,12 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, T: float | Tensor = 0.07) -> 
     return fused_moco(q, k, queue.mT, temperature=T, normalize=False)
 
 
-def contrastive_loss(q: Tensor, k: Tensor, T: float | Tensor = 1.0) -> Tensor:
-    """`fused_info_nce` times 2T: q and k [N, C], not normalised yet, in one process -> the mean loss of v3."""
-    return fused_info_nce(q, k, temperature=T) * (2 * T)
+def contrastive_loss(
+    q: Tensor,
+    k: Tensor,
+    T: float | Tensor = 1.0,
+    *,
+    process_group: ProcessGroups | None = None,
+) -> Tensor:
+    """`fused_info_nce` times 2T: q and k [N, C], not normalised yet -> the mean loss of v3."""
+    return fused_info_nce(q, k, temperature=T, process_group=process_group) * (2 * T)

@@ -1,12 +1,15 @@
 """pytorch-metric-learning 2.9: `from hdc_kernels.compat.pytorch_metric_learning import NTXentLoss`.
 
-Also `SupConLoss` and `CrossBatchMemory`. With the peer's default distance, the cosine.
+Also `SupConLoss` and `CrossBatchMemory`. With the peer's default distance, the cosine. Instead of wrapping a loss in
+the peer's `DistributedLossWrapper`, give it a `process_group`: value and gradients are then those of the global
+batch (the peer's value is W times that).
 """
 
 import torch
 from torch import Tensor, nn
 
 from hdc_kernels.checks import check_count, check_temperature
+from hdc_kernels.distributed.ranks import ProcessGroups, check_process_group
 from hdc_kernels.sup_con import Definition, fused_sup_con
 
 
@@ -15,10 +18,14 @@ class _LabelLoss(nn.Module):
 
     definition: Definition
 
-    def __init__(self, temperature: float | Tensor) -> None:
+    def __init__(
+        self, temperature: float | Tensor, process_group: ProcessGroups | None = None
+    ) -> None:
         super().__init__()
         check_temperature(temperature)
+        check_process_group(process_group)
         self.temperature = temperature
+        self.process_group = process_group
 
     def forward(
         self,
@@ -67,6 +74,7 @@ class _LabelLoss(nn.Module):
             other=other,
             other_labels=None if other_labels is None else other_labels.to(embeddings.device),
             other_holds_self=other_holds_self,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:
@@ -74,25 +82,34 @@ class _LabelLoss(nn.Module):
 
 
 class NTXentLoss(_LabelLoss):
-    """`fused_sup_con` with "each": the mean over all pairs of an anchor and a positive."""
+    """`fused_sup_con` with "each": the mean over all pairs of an anchor and a positive.
+
+    Args:
+        temperature: τ.
+        process_group: as in `fused_sup_con`; the peer's loss has none.
+    """
 
     definition: Definition = "each"
 
-    def __init__(self, temperature: float | Tensor = 0.07) -> None:
-        super().__init__(temperature)
+    def __init__(
+        self, temperature: float | Tensor = 0.07, *, process_group: ProcessGroups | None = None
+    ) -> None:
+        super().__init__(temperature, process_group)
 
 
 class SupConLoss(_LabelLoss):
     """`fused_sup_con` with "out": the mean over all anchors with a positive.
 
     An anchor whose loss is 0 counts; the peer's default reducer leaves it out. Embeddings that all have one
-    label have a loss, too; with the peer it is 0.
+    label have a loss, too; with the peer it is 0. Arguments: see `NTXentLoss`.
     """
 
     definition: Definition = "out"
 
-    def __init__(self, temperature: float | Tensor = 0.1) -> None:
-        super().__init__(temperature)
+    def __init__(
+        self, temperature: float | Tensor = 0.1, *, process_group: ProcessGroups | None = None
+    ) -> None:
+        super().__init__(temperature, process_group)
 
 
 class CrossBatchMemory(nn.Module):
@@ -101,7 +118,8 @@ class CrossBatchMemory(nn.Module):
     The batch enters the memory first, which keeps the `memory_size` newest embeddings without their
     gradients; then the loss is taken of the batch against the memory, in which each anchor skips itself. A
     batch larger than the memory is compared with all of itself (the peer refuses it). The memory is saved
-    with the module, and how much of it is filled.
+    with the module, and how much of it is filled. With the loss's `process_group`, each rank has a memory of its
+    own batches, and its anchors are compared with those of all.
 
     Args:
         loss: this module's `NTXentLoss` or `SupConLoss`.

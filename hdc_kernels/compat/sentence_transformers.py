@@ -13,7 +13,7 @@ from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.in_chunks import InChunks
 from hdc_kernels.info_nce import fused_info_nce
-from hdc_kernels.pairwise import logsumexp
+from hdc_kernels.pairwise import Columns, logsumexp
 from hdc_kernels.positives import info_nce_terms, positive_logits
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -72,24 +72,25 @@ def multiple_negatives_ranking(
         forth = fused_info_nce(queries, documents, process_group=process_group, **options)
         back = fused_info_nce(positives, queries, process_group=process_group, **options)
         return (forth + back) / 2
-    all_queries, rows = queries, torch.arange(len(queries), device=queries.device)
+    all_queries: Columns = queries
+    all_documents: Columns = documents
+    rows = torch.arange(len(queries), device=queries.device)
+    everybody = rows.repeat(len(embeddings) - 1)  # whose each document is
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, queries.device, len(queries))
-        across.ranks.refuse_ring("joint directions have none")
-        all_queries, *columns = across.gather(*embeddings)
-        documents, rows = torch.cat(columns), across.numbers(queries.device)
-        if not len(queries):
-            tensors = (queries, positives, all_queries, documents, scale)
-            return across.reduce(across.nothing(*tensors), "mean")
-    sums = [logsumexp(queries, documents, mask=Mask(diagonal=False), **options)]
+        of_documents = across.times(len(embeddings) - 1)
+        all_queries, all_documents = across.share(queries), of_documents.share(documents)
+        rows = across.numbers(queries.device)[: len(queries)]
+        everybody = of_documents.gather_integers(rows.repeat(len(embeddings) - 1))
+    sums = [logsumexp(queries, all_documents, mask=Mask(diagonal=False), **options)]
     if "query_to_query" in others:
         sums.append(logsumexp(queries, all_queries, mask=Mask(diagonal=False), **options))
     if "doc_to_query" in others:  # the pair itself once more, as a negative
         sums.append(logsumexp(positives, all_queries, **options))
     if "doc_to_doc" in others:
-        ids = rows[: len(queries)].unsqueeze(0), rows.repeat(len(embeddings) - 1).unsqueeze(0)
-        sums.append(logsumexp(positives, documents, mask=Mask(ids=ids), **options))
+        ids = rows.unsqueeze(0), everybody.unsqueeze(0)
+        sums.append(logsumexp(positives, all_documents, mask=Mask(ids=ids), **options))
     negative = torch.stack(sums).logsumexp(0)
     terms = info_nce_terms(negative, positive_logits(queries, positives, **options))
     return terms.mean() if across is None else across.reduce(terms, "mean")

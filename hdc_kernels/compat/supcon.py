@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hdc_kernels.checks import check_choice, check_temperature
+from hdc_kernels.distributed.ranks import ProcessGroups, check_process_group
+from hdc_kernels.distributed.rows import meet
 from hdc_kernels.sup_con import fused_sup_con
 
 ContrastMode = Literal["all", "one"]
@@ -18,6 +20,8 @@ class SupConLoss(nn.Module):
         temperature: T.
         contrast_mode: "all" views are anchors, or only the first "one".
         base_temperature: T_base.
+        process_group: as in `fused_sup_con`; the peer's loss has none. A `mask` is of this rank's images; those
+            of other ranks are no positives.
     """
 
     def __init__(
@@ -25,14 +29,18 @@ class SupConLoss(nn.Module):
         temperature: float = 0.07,
         contrast_mode: ContrastMode = "all",
         base_temperature: float = 0.07,
+        *,
+        process_group: ProcessGroups | None = None,
     ) -> None:
         super().__init__()
         check_temperature(temperature)
         check_choice("contrast_mode", contrast_mode, ContrastMode)
         check_temperature(base_temperature)
+        check_process_group(process_group)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
+        self.process_group = process_group
 
     def forward(
         self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
@@ -63,9 +71,9 @@ class SupConLoss(nn.Module):
         positives = None
         if mask is not None:
             mask = mask.to(features.device)
-            positives = _pairs(mask, images, len(anchors) // images, views)
+            positives = _pairs(mask, images, 1 if anchors is not columns else views, views)
         else:
-            labels = torch.arange(images) if labels is None else labels.flatten()
+            labels = self._numbers(features) if labels is None else labels.flatten()
             if len(labels) != images:
                 raise ValueError(f"labels has {len(labels)} entries; features need {images}")
             labels = labels.to(features.device).repeat(views)
@@ -79,8 +87,16 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             without_positive="zero",
             normalize=False,
+            process_group=self.process_group,
         )
         return loss * (self.temperature / self.base_temperature)
+
+    def _numbers(self, features: Tensor) -> Tensor:
+        """A label for each image of its own, on all ranks."""
+        images, device = len(features), features.device
+        if self.process_group is None:
+            return torch.arange(images, device=device)
+        return meet(self.process_group, device, images)[0].numbers(device)[:images]
 
     def extra_repr(self) -> str:
         return (

@@ -19,10 +19,10 @@ same order. When one doesn't, the others raise once the process group's timeout 
 Checked with gloo, in 2 to 4 processes. NCCL between several GPUs is not.
 
     ranks.py          the group and how to use it
-    rows.py           whose rows are where; totals
+    rows.py           whose rows are where; totals; `share`, which a loss calls, gathers keys or lets them travel
     collectives.py    what all ranks do together
     gather.py         everybody gets all keys
-    ring.py           keys travel from rank to rank
+    ring.py           keys travel from rank to rank: the sums of `pairwise`, block by block
     contrast.py       InfoNCE, one way or the other
 """
 

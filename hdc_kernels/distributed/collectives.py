@@ -5,9 +5,10 @@ Python functions around them change from version to version, and what `torch.com
 ones in a backward pass was silently 0 in PyTorch 2.11.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,41 @@ def pass_on(x: Tensor, into: Tensor, group: "ProcessGroup", what: str) -> Arriva
         ]
         works = dist.batch_isend_irecv(transfers) if transfers else []
     return Arrival(into, x, works, group, what)
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def first_derivative_only(backward: Backward) -> Backward:
+    """Refuses a derivative of what this `autograd.Function.backward` returns, and says why."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        depends = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if not depends:
+            return found
+        return tuple(None if g is None else Refused.apply(g, *depends) for g in found)
+
+    return wrapped
+
+
+class Refused(torch.autograd.Function):
+    """(gradient, what it depends on) -> the gradient, which has no derivative."""
+
+    @staticmethod
+    def forward(_: Any, gradient: Tensor, *depends: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(_: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "a second derivative of a loss with a process_group: only first ones are exchanged between ranks; "
+            "take it in one process, with process_group=None"
+        )
 
 
 def _wait(

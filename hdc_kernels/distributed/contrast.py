@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdc_kernels import reference
 from hdc_kernels.backends import EVERYTHING, Mask
 from hdc_kernels.contrast import Contrast, Pair, contrast
 from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.rows import Rows
+from hdc_kernels.positives import info_nce_terms, positive_logits
 
-# "auto" gathers up to so many bytes of keys. On paper, not measured: beside its copy, a gathered key costs its gradient
-# twice in float32, which makes 1.25 GiB of bfloat16 keys at this bound; below it, one large call is no slower.
-GATHER_BYTES = 2**28
+Ids = tuple[Tensor, Tensor]
 
 
 def contrast_across(
@@ -26,40 +26,24 @@ def contrast_across(
     divisor: int = 1,
     symmetric: bool = False,
     rows_first: int = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
-    own_ids: tuple[Tensor, Tensor] | None = None,
+    ids: Ids | None = None,
     ranked: bool = False,
-    refuse_ring: str = "",
+    hits: bool = False,
     **options: Any,
 ) -> Contrast:
     """`contrast` of each x [own, ..., D] with the y [own, ..., D] of all ranks: this rank's terms and its share.
 
-    `ids` [own] of x and y are compared across all ranks, `own_ids` only within this one. The ring has neither `ids`
-    nor hits nor ranks; `refuse_ring` says what else it does not have, if that is asked for.
+    `ids` [own] of x and y are compared across all ranks. Hits are right only if `hits` or ranks are asked for.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
-    if ids is not None:
-        refuse_ring = "there are ids"
-    if ranked:
-        refuse_ring = "metrics are asked for"
-    if refuse_ring:
-        queries.ranks.refuse_ring(refuse_ring)
-    elif _prefers_ring(keys, (*x, *y) if symmetric else y):
-        terms = ring.terms(queries, keys, x, y, symmetric, rows_first, own_ids, options)
-        value = terms if weights is None else _total(terms, x, weights, divisor)
-        return Contrast(value, terms.detach(), torch.zeros_like(terms, dtype=torch.bool))
-    sides = [(x, keys.gather(*y), _mask(keys, ids, own_ids))]
+    sides = [(x, y, keys, _mask(keys, ids))]
     if symmetric:
-        back_ids = None if ids is None else ids[::-1]
-        sides.append((y, queries.gather(*x), _mask(queries, back_ids, None)))
-    if not queries.own:
-        embeddings = (t for own, everybody, _ in sides for t in (*own, *everybody))
-        nothing = queries.nothing(*embeddings, options["temperature"])
-        value = nothing if weights is None else nothing.sum()
-        return Contrast(value, nothing.detach(), nothing.bool(), nothing.long())
+        sides.append((y, x, queries, _mask(queries, None if ids is None else ids[::-1])))
+    if keys.prefers_ring(*(t for side in sides for t in side[1])):
+        return _around(sides, weights, divisor, rows_first, ranked or hits, options)
     found = [
         contrast(
-            list(zip(own, everybody, strict=True)),
+            list(zip(own, columns.gather(*others), strict=True)),
             weights=None if weights is None else [w / len(sides) for w in weights],
             divisor=divisor,
             rows_first=rows_first,
@@ -67,7 +51,7 @@ def contrast_across(
             ranked=ranked and k == 0,
             **options,
         )
-        for k, (own, everybody, mask) in enumerate(sides)
+        for k, (own, others, columns, mask) in enumerate(sides)
     ]
     forth, *back = found
     if not back:
@@ -79,26 +63,61 @@ def contrast_across(
     return forth._replace(value=value, terms=value.detach())
 
 
-def _mask(
-    rows: Rows, ids: tuple[Tensor, Tensor] | None, own_ids: tuple[Tensor, Tensor] | None
-) -> Mask:
-    if ids is not None:
-        everybody = rows.gather_integers(ids[1].long())
-        return Mask(ids=(ids[0].long().unsqueeze(0), everybody.unsqueeze(0)))
-    if own_ids is not None:
-        x_ids, y_ids = own_ids
-        others = y_ids.new_full((rows.size - rows.own,), -1)
-        return Mask(ids=(x_ids.unsqueeze(0), torch.cat((y_ids, others)).unsqueeze(0)))
-    return EVERYTHING
+Side = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Rows, Mask]
 
 
-def _prefers_ring(keys: Rows, travelling: Sequence[Tensor]) -> bool:
-    if keys.ranks.strategy != "auto":
-        return keys.ranks.strategy == "ring"
-    if torch.compiler.is_compiling():
-        return False
-    row = sum(math.prod(t.shape[1:]) * t.element_size() for t in travelling)
-    return keys.size * row > GATHER_BYTES
+def _around(
+    sides: Sequence[Side],
+    weights: Sequence[float] | None,
+    divisor: int,
+    rows_first: int,
+    ranked: bool,
+    options: dict[str, Any],
+) -> Contrast:
+    """The same with travelling keys: the positives, which are this rank's own, beside a sum over all others."""
+    x, y, *_ = sides[0]
+    positive = torch.cat(
+        [
+            _by_problem(
+                positive_logits(
+                    a, b[: len(a)], options["temperature"], normalize=options["normalize"]
+                ),
+                k < rows_first,
+            )
+            for k, (a, b) in enumerate(zip(x, y, strict=True))
+        ]
+    ).double()
+    found = [
+        ring.sums(
+            "logsumexp",
+            own,
+            others,
+            rows,
+            rows_first=rows_first,
+            mask=mask._replace(diagonal=False),
+            ranked=ranked and k == 0,
+            **options,
+        )
+        for k, (own, others, rows, mask) in enumerate(sides)
+    ]
+    losses = torch.stack([info_nce_terms(each.values, positive) for each in found])
+    terms = losses.mean(0).to(reference.compute_dtype(x[0].dtype))
+    value = terms if weights is None else _total(terms, x, weights, divisor)
+    ranks = found[0].ranks
+    hit = (ranks == 0) & ~positive.isnan() if ranked else torch.zeros_like(terms, dtype=torch.bool)
+    return Contrast(value, terms.detach(), hit, ranks if ranked else None)
+
+
+def _mask(columns: Rows, ids: Ids | None) -> Mask:
+    if ids is None:
+        return EVERYTHING
+    everybody = columns.gather_integers(ids[1].long())
+    return Mask(ids=(ids[0].long().unsqueeze(0), everybody.unsqueeze(0)))
+
+
+def _by_problem(logits: Tensor, rows_first: bool) -> Tensor:
+    """[M] or [G, M], or with the rows first [M, G], as [G·M]."""
+    return (logits.transpose(0, 1) if rows_first else logits).flatten()
 
 
 def _total(terms: Tensor, x: Sequence[Tensor], weights: Sequence[float], divisor: int) -> Tensor:

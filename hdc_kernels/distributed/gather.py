@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdc_kernels import reference
-from hdc_kernels.distributed.collectives import all_gather, reduce_scatter
+from hdc_kernels.distributed.collectives import (
+    all_gather,
+    first_derivative_only,
+    reduce_scatter,
+)
 
 
 class Gather(torch.autograd.Function):
@@ -34,7 +37,7 @@ class Gather(torch.autograd.Function):
         return torch.cat((x, *others))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
         group, sizes = ctx.group, ctx.sizes
         if not ctx.needs_input_grad[0]:

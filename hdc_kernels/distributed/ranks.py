@@ -13,6 +13,10 @@ if TYPE_CHECKING:  # not there where PyTorch was built without
 
 Strategy = Literal["auto", "gather", "ring"]
 
+# "auto" gathers up to so many bytes of keys. On paper, not measured: beside its copy, a gathered key costs its gradient
+# twice in float32, which makes 1.25 GiB of bfloat16 keys at this bound; below it, one large call is no slower.
+GATHER_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -22,10 +26,9 @@ class Ranks:
         group: a `torch.distributed.ProcessGroup`, that of all processes (`torch.distributed.group.WORLD`) or any
             subgroup that this process belongs to.
         strategy: "gather" copies all keys to every rank, O(B·D) memory each for a global batch of B. "ring" sends
-            them from rank to rank, computing with one block while the next one travels: O(B/W·D) memory, in
-            `fused_info_nce` (with `negatives`, `ids` and metrics not), `fused_clip`, `fused_nt_xent`
-            and `fused_hd_nce` (without metrics), not under `torch.compile`. "auto" is the ring where there is one
-            and the gathered keys would take more than `contrast.GATHER_BYTES`.
+            them from rank to rank, computing with one block while the next one travels: O(B/W·D) memory, and B
+            integers where there are ids or labels. Not under `torch.compile`, which leaves its graph for the ring.
+            "auto" is the ring where the gathered keys would take more than `GATHER_BYTES`, but for `torch.compile`.
         even_batches: a promise that all ranks have equally many rows, which is not checked. It saves the exchange
             of sizes, for which the host waits, and lets `torch.compile` make one graph.
         wire_dtype: send keys rounded to this dtype, `torch.bfloat16` for example. A rank's own keys stay as
@@ -54,10 +57,11 @@ class Ranks:
                 + ", ".join(map(str, FLOATING))
             )
 
-    def refuse_ring(self, what: str) -> None:
-        """Raises ValueError if that was asked for, where there is none."""
-        if self.strategy == "ring":
-            raise ValueError(f"strategy is 'ring' but {what}; it must be 'auto' or 'gather'")
+    def prefers_ring(self, gathered: int) -> bool:
+        """Whether keys travel, of which so many bytes would be gathered."""
+        if self.strategy != "auto":
+            return self.strategy == "ring"
+        return gathered > GATHER_BYTES and not torch.compiler.is_compiling()
 
 
 ProcessGroups = Union["ProcessGroup", Ranks]

@@ -1,73 +1,80 @@
 """Keys travel from rank to rank; nobody holds more than two blocks of them.
 
-Forward: in W steps, each rank gets the logsumexp of its rows over every block, while the next block is on its way,
-and merges them in float64. Positives are its own, row by row. Backward: a second trip, as no block was kept. With
-the logsumexp over all blocks, a block's gradients are those of the primitive, P_ij = exp(s_ij − lse_i). Those of
-its keys travel along behind it, each rank adds its part, and after W steps they are home.
+Forward: in W steps, each rank gets the sum of its rows over every block, while the next block is on its way, and
+merges them in float64: logsumexps by log(e^a + e^b), other sums by adding. Backward: a second trip, as no block was
+kept. With the logsumexp over all blocks, a block's gradients are those of the primitive, P_ij = exp(s_ij − lse_i).
+Those of its keys travel along behind it, each rank adds its part, and after W steps they are home.
 
     step of rank r       0      1      2    …   W − 1
     block of rank        r    r − 1  r − 2      r + 1
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdc_kernels import reference
-from hdc_kernels.backends import EVERYTHING, Mask
+from hdc_kernels.backends import EVERYTHING, Function, Mask, plain
 from hdc_kernels.call import Call, temperature_gradient
-from hdc_kernels.distributed.collectives import Arrival, pass_on
-from hdc_kernels.distributed.rows import Rows
-from hdc_kernels.positives import info_nce_terms, positive_logits
+from hdc_kernels.distributed.collectives import Arrival, first_derivative_only, pass_on
+from hdc_kernels.distributed.rows import Rows, Travelling
 from hdc_kernels.selection import implementation, select
 
+LEAVES_GRAPH = "Point-to-point transfers; use strategy='gather'."
 
-@torch.compiler.disable(reason="Point-to-point transfers; use strategy='gather'.")
-def terms(
-    queries: Rows,
-    keys: Rows,
-    x: tuple[Tensor, ...],
-    y: tuple[Tensor, ...],
-    symmetric: bool,
-    rows_first: int,
-    own_ids: tuple[Tensor, Tensor] | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """log(1 + exp(lse_i − s_ii)) of this rank's rows, [T], flat as those of `contrast`; in which `options` go."""
-    temperature, normalize = options["temperature"], options["normalize"]
+
+class Sums(NamedTuple):
+    """[T] each, flat as the terms of `contrast`: of all ranks' columns, in float64, with gradients; ranks if asked for.
+
+    Ranks are those of the positives, which are then on the diagonal of each rank's own block.
+    """
+
+    values: Tensor
+    ranks: Tensor
+
+
+@torch.compiler.disable(reason=LEAVES_GRAPH)
+def sums(
+    function: Function,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    rows: Rows,
+    *,
+    temperature: float | Tensor,
+    normalize: bool = True,
+    rows_first: int = 0,
+    mask: Mask = EVERYTHING,
+    bias: Tensor | None = None,
+    ranked: bool = False,
+    backend: str = "auto",
+) -> Sums:
+    """The "logsumexp" or "softplus" of each x [own, ..., D] over the y [own, ..., D] of all ranks, in `rows` of them.
+
+    The mask is of gathered columns: its ids are those of all; its diagonal and single entries are this rank's own.
+    """
     tau = temperature if isinstance(temperature, Tensor) else None
-    ids = None if own_ids is None else (own_ids[0].unsqueeze(0), own_ids[1].unsqueeze(0))
     call = Call(
-        select(options["backend"], x, y, rows_first),
+        select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
         None,
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         False,
         normalize,
         len(x),
         rows_first,
-        "logsumexp",
-        Mask(False, ids),
+        function,
+        mask,
+        ranked=ranked,
     )
-    positive = torch.cat(
-        [
-            _by_problem(
-                positive_logits(a, b[: len(a)], temperature, normalize=normalize), k < rows_first
-            )
-            for k, (a, b) in enumerate(zip(x, y, strict=True))
-        ]
-    ).double()
-    loss = info_nce_terms(Logsumexp.apply(call, keys, tau, *x, *y), positive)
-    if symmetric:
-        loss = (loss + info_nce_terms(Logsumexp.apply(call, queries, tau, *y, *x), positive)) / 2
-    return loss.to(reference.compute_dtype(x[0].dtype))
+    return Sums(*Pairwise.apply(call, rows, tau, bias, *x, *y))
 
 
-def _by_problem(logits: Tensor, rows_first: bool) -> Tensor:
-    """[M] or [G, M], or with the rows first [M, G], as [G·M]."""
-    return (logits.transpose(0, 1) if rows_first else logits).flatten()
+@torch.compiler.disable(reason=LEAVES_GRAPH)
+def add_up(function: Callable[[Tensor, slice], Tensor], y: Travelling) -> Tensor:
+    """Σ over all ranks' blocks of function(its y, its place among gathered rows), which is differentiable."""
+    found: Tensor = AddUp.apply(function, y.rows, y.own)
+    return found
 
 
 class Block(NamedTuple):
@@ -77,60 +84,90 @@ class Block(NamedTuple):
     keys: list[Tensor]
 
 
-class Logsumexp(torch.autograd.Function):
-    """(call, rows of y, τ or None, *x, *y) -> [T] in float64, over the y of all ranks but the rows' positives.
-
-    The call's mask holds within this rank's own block; the others count whole.
-    """
+class Pairwise(torch.autograd.Function):
+    """(call, rows of y, τ or None, bias or None, *x, *y) -> `Sums`."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, rows: Rows, tau: Tensor | None, *xy: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, call: Call, rows: Rows, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x, y = xy[: call.pairs], xy[call.pairs :]
-        lse = torch.full(
-            (sum(t.shape[:-1].numel() for t in x),),
-            -torch.inf,
-            dtype=torch.float64,
-            device=x[0].device,
-        )
+        terms = sum(t.shape[:-1].numel() for t in x)
+        start = -torch.inf if call.function == "logsumexp" else 0.0
+        merge = torch.logaddexp if call.function == "logsumexp" else torch.add
+        total = torch.full((terms,), start, dtype=torch.float64, device=x[0].device)
+        ranks = torch.zeros(terms if call.ranked else 0, dtype=torch.int64, device=x[0].device)
+        positive: Tensor | None = None
         for block in _trip(rows, y):
-            if lse.numel() and rows.sizes[block.owner]:
-                its = _masked(call, block.owner == rows.ranks.group.rank())
-                lse = torch.logaddexp(lse, _logsumexp(its, tau, x, block.keys))
+            if not (terms and rows.sizes[block.owner]):
+                continue
+            its = _of_block(call, rows, block.owner)
+            total = merge(total, _forward(its, tau, bias, x, block.keys))
+            if call.ranked:
+                # The own block comes first. There the positive is a column, which "info_nce" lets through.
+                if positive is None:
+                    its = its._replace(function="info_nce")
+                problems = its.problems(tau, None, x, block.keys)
+                found, logits = plain.rivals(problems, positive)
+                ranks += found if positive is not None else found - 1
+                positive = logits
         ctx.call, ctx.rows = call, rows
-        ctx.save_for_backward(lse, tau, *xy)
-        return lse
+        ctx.save_for_backward(total, tau, bias, *xy)
+        ctx.mark_non_differentiable(ranks)
+        return total, ranks
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         call, rows = ctx.call, ctx.rows
-        lse, tau, *xy = ctx.saved_tensors
+        total, tau, bias, *xy = ctx.saved_tensors
         x, y = xy[: call.pairs], xy[call.pairs :]
-        group, dtype = rows.ranks.group, reference.compute_dtype(x[0].dtype)
-        rank, size = group.rank(), group.size()
+        dtype = reference.compute_dtype(x[0].dtype)
+        d_tau = torch.zeros((), dtype=dtype, device=total.device)
+        d_bias = [] if bias is None else [torch.zeros_like(bias)]
         dx = [torch.zeros_like(t, dtype=dtype) for t in x]
-        d_tau = torch.zeros((), dtype=dtype, device=lse.device)
-        arriving: Arrival | None = None
-        for block in _trip(rows, y):
-            dy = [torch.zeros_like(t, dtype=dtype) for t in block.keys]
-            if lse.numel() and rows.sizes[block.owner]:
-                its = _masked(call, block.owner == rank)
-                made = _gradients(its, tau, x, block.keys, lse, upstream)
-                d_tau += made[0]
-                for total, part in zip((*dx, *dy), made[1:], strict=True):
-                    total += part
-            carried = _pack(dy)
-            if arriving is not None:
-                carried += arriving.wait()
-            if size > 1:
-                before = rows.sizes[(block.owner - 1) % size]
-                room = carried.new_empty(before, carried.shape[1])
-                arriving = pass_on(carried, room, group, "gradients of its keys")
-            home = carried
-        if arriving is not None:
-            home = arriving.wait()
-        gradients = [g.to(x[0].dtype) for g in (*dx, *_unpack(home, y))]
-        return None, None, temperature_gradient(d_tau, tau), *gradients
+
+        def add(block: Block) -> list[Tensor]:
+            its = _of_block(call, rows, block.owner)
+            made = _backward(its, tau, bias, x, block.keys, total, upstream)
+            for so_far, part in zip((d_tau, *d_bias, *dx), made, strict=False):
+                so_far += part
+            return made[-len(y) :]
+
+        dy = _return_trip(rows, y, dtype, add if total.numel() else None)
+        gradients = [g.to(x[0].dtype) for g in (*dx, *dy)]
+        return None, None, temperature_gradient(d_tau, tau), *(d_bias or (None,)), *gradients
+
+
+class AddUp(torch.autograd.Function):
+    """(function, rows of y, y) -> Σ function(block, its columns); see `add_up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[[Tensor, slice], Tensor], rows: Rows, y: Tensor
+    ) -> Tensor:
+        ctx.function, ctx.rows = function, rows
+        ctx.save_for_backward(y)
+        parts = (function(block.keys[0], rows.columns(block.owner)) for block in _trip(rows, [y]))
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, Tensor]:
+        (y,) = ctx.saved_tensors
+
+        def differentiate(block: Block) -> list[Tensor]:
+            with torch.enable_grad():
+                keys = block.keys[0].detach().requires_grad_()
+                found = ctx.function(keys, ctx.rows.columns(block.owner))
+                return list(torch.autograd.grad(found, keys, upstream))
+
+        dtype = reference.compute_dtype(y.dtype)
+        (dy,) = _return_trip(ctx.rows, [y], dtype, differentiate)
+        return None, None, dy.to(y.dtype)
 
 
 def _trip(rows: Rows, y: Sequence[Tensor]) -> Iterator[Block]:
@@ -151,6 +188,33 @@ def _trip(rows: Rows, y: Sequence[Tensor]) -> Iterator[Block]:
             keys = _unpack(packed.to(y[0].dtype), y)
 
 
+def _return_trip(
+    rows: Rows,
+    y: Sequence[Tensor],
+    dtype: torch.dtype,
+    gradients: Callable[[Block], list[Tensor]] | None,
+) -> list[Tensor]:
+    """The gradients of this rank's y, summed over all ranks: what `gradients` makes of each block, if it does."""
+    group = rows.ranks.group
+    size = group.size()
+    arriving: Arrival | None = None
+    for block in _trip(rows, y):
+        if gradients is not None and rows.sizes[block.owner]:
+            carried = _pack([g.to(dtype) for g in gradients(block)])
+        else:
+            carried = _pack([torch.zeros_like(t, dtype=dtype) for t in block.keys])
+        if arriving is not None:
+            carried = carried + arriving.wait()
+        if size > 1:
+            before = rows.sizes[(block.owner - 1) % size]
+            room = carried.new_empty(before, carried.shape[1])
+            arriving = pass_on(carried, room, group, "gradients of its keys")
+        home = carried
+    if arriving is not None:
+        home = arriving.wait()
+    return _unpack(home, y)
+
+
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
     """[rows, ...] each -> [rows, F]."""
     return torch.cat([t.reshape(t.shape[0], t.shape[1:].numel()) for t in tensors], 1)
@@ -162,36 +226,52 @@ def _unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.reshape(-1, *t.shape[1:]) for part, t in zip(parts, like, strict=True)]
 
 
-def _masked(call: Call, own: bool) -> Call:
-    return call if own else call._replace(mask=EVERYTHING)
+def _of_block(call: Call, rows: Rows, owner: int) -> Call:
+    """With the part of the mask that is this block's."""
+    mask, own = call.mask, owner == rows.ranks.group.rank()
+    ids = None if mask.ids is None else (mask.ids[0], mask.ids[1][:, rows.columns(owner)])
+    left_out = mask.left_out if own else None
+    return call._replace(mask=Mask(mask.diagonal or not own, ids, mask.same, left_out))
 
 
-def _logsumexp(call: Call, tau: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """[T] over one block."""
-    if call.backend in ("torch", "chunked"):
-        return call.plain(tau, None, x, y)[1].double()
-    problems = call.problems(tau, None, x, y)
-    return implementation(call.backend).forward(problems).lse[0].double()
-
-
-def _gradients(
+def _forward(
     call: Call,
     tau: Tensor | None,
+    bias: Tensor | None,
     x: Sequence[Tensor],
     y: Sequence[Tensor],
-    lse: Tensor,
+) -> Tensor:
+    """[T] over one block."""
+    if call.backend in ("torch", "chunked"):
+        return call.plain(tau, bias, x, y)[1].double()
+    terms = implementation(call.backend).forward(
+        call._replace(ranked=False).problems(tau, bias, x, y)
+    )
+    return (terms.lse[0] if call.function == "logsumexp" else terms.loss).double()
+
+
+def _backward(
+    call: Call,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    total: Tensor,
     upstream: Tensor,
 ) -> list[Tensor]:
-    """(dτ, *dx, *dy) of one block: of Σ upstream_i · exp(s_ij − lse_i) · s_ij, all but the last factor constant."""
+    """(dτ, dbias if there is one, *dx, *dy) of one block: of Σ upstream · total, where the others stay as they are."""
     if call.backend not in ("torch", "chunked"):
         upstream = upstream.to(reference.compute_dtype(x[0].dtype))
-        return call.backward(tau, None, x, y, lse.unsqueeze(0), upstream)
+        return call.backward(tau, bias, x, y, total.unsqueeze(0), upstream)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (*x, *y)]
         number = torch.tensor(call.temperature, dtype=torch.float64) if tau is None else tau
+        leaves = [t.detach().requires_grad_() for t in (*x, *y)]
         number = number.detach().requires_grad_()
-        found = call.plain(number, None, leaves[: len(x)], leaves[len(x) :])[1]
-        share = (found.detach().double() - lse).exp().masked_fill(lse == -torch.inf, 0.0)
-        return list(
-            torch.autograd.grad(found, [number, *leaves], (upstream * share).to(found.dtype))
-        )
+        scalars = [number]
+        if bias is not None:
+            scalars.append(bias := bias.detach().requires_grad_())
+        found = call.plain(number, bias, leaves[: len(x)], leaves[len(x) :])[1]
+        if call.function == "logsumexp":  # a block's share in it
+            share = (found.detach().double() - total).exp().masked_fill(total == -torch.inf, 0.0)
+            upstream = upstream * share
+        return list(torch.autograd.grad(found, [*scalars, *leaves], upstream.to(found.dtype)))

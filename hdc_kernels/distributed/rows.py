@@ -1,13 +1,12 @@
 """Whose rows are where: the parts of a batch on the ranks of a group, gathered and summed."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hdc_kernels import reference
-from hdc_kernels.distributed.collectives import all_gather, all_reduce
+from hdc_kernels.distributed.collectives import all_gather, all_reduce, first_derivative_only
 from hdc_kernels.distributed.gather import Gather
 from hdc_kernels.distributed.ranks import ProcessGroups, Ranks, as_ranks
 
@@ -31,6 +30,21 @@ class Rows(NamedTuple):
     def times(self, factor: int) -> "Rows":
         """Of so many rows for each of these."""
         return Rows(self.ranks, tuple(factor * size for size in self.sizes))
+
+    def columns(self, rank: int) -> slice:
+        """Where the rows of this rank are among gathered ones."""
+        own, ranks = self.ranks.group.rank(), len(self.sizes)
+        before = [self.sizes[(own + k) % ranks] for k in range((rank - own) % ranks)]
+        return slice(sum(before), sum(before) + self.sizes[rank])
+
+    def prefers_ring(self, *embeddings: Tensor) -> bool:
+        """Whether these [own, ...] travel rather than being gathered."""
+        row = sum(math.prod(x.shape[1:]) * x.element_size() for x in embeddings)
+        return self.ranks.prefers_ring(self.size * row)
+
+    def share(self, y: Tensor) -> "Tensor | Travelling":
+        """[own, D] as the y of `pairwise`, of all ranks, by one strategy or the other: gathered rows, or travelling."""
+        return Travelling(y, self) if self.prefers_ring(y) else self.gather(y)[0]
 
     def gather(self, *embeddings: Tensor) -> tuple[Tensor, ...]:
         """Each [own, ...] -> [size, ...], by one collective; gradients come back summed over all ranks."""
@@ -61,12 +75,6 @@ class Rows(NamedTuple):
         first = sum(self.sizes[: self.ranks.group.rank()])
         return torch.arange(self.size, device=device).roll(-first)
 
-    def nothing(self, *tensors: Tensor | float | None) -> Tensor:
-        """The terms of no rows, [0], with a gradient of 0 for each tensor: a rank without rows takes part."""
-        empty = [t.flatten()[:0] for t in tensors if isinstance(t, Tensor)]
-        dtype = reference.compute_dtype(empty[0].dtype)
-        return torch.stack([x.to(dtype) for x in empty]).sum(0)
-
     def shown(self, share: Tensor, reduction: str) -> Tensor:
         """A loss out of this rank's terms ("none") or share of the total, whose divisor is in it already."""
         return self.local(share) if reduction == "none" else self.total(share)
@@ -89,6 +97,13 @@ class Rows(NamedTuple):
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, as a part of each rank's loss: its gradients are summed, too."""
         return Sum.apply(x, self.ranks.group)
+
+
+class Travelling(NamedTuple):
+    """The rows of all ranks, of which each keeps its `own`: they are sent around (`ring.py`)."""
+
+    own: Tensor
+    rows: Rows
 
 
 def meet(process_group: ProcessGroups, device: torch.device, *counts: int) -> tuple[Rows, ...]:
@@ -120,7 +135,7 @@ class Total(torch.autograd.Function):
         return all_reduce(share, group, "its share of the loss")
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return upstream * ctx.ranks, None
 
@@ -134,7 +149,7 @@ class Local(torch.autograd.Function):
         return terms.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return upstream * ctx.ranks, None
 
@@ -148,6 +163,6 @@ class Sum(torch.autograd.Function):
         return all_reduce(x, group, "its sum")
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return all_reduce(upstream, ctx.group, "the gradient of its sum"), None
