@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write` for plain values, one to a line."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What `write_json` wrote, with at least the given keys; empty where there is no file.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise InputError(f"{path} was not written by hdc-train; it must have {', '.join(keys)}")
+    return value
 
 
 def check_folder(folder: Path) -> None:

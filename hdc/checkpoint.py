@@ -32,14 +32,18 @@ def save(path: Path, kind: Kind, state: Mapping[str, Any]) -> None:
     atomic.write(path, fill)
 
 
+def locate(path: Path) -> Path:
+    """The checkpoint's file, which may be given by its run's folder."""
+    return path / FILE if path.is_dir() else path
+
+
 def load(path: Path, *kinds: Kind) -> dict[str, Any]:
     """Read a checkpoint of one of `kinds` onto the CPU.
 
     Raises:
         InputError: a missing, unreadable or cut-short file, or a checkpoint of another kind.
     """
-    if path.is_dir():
-        path = path / FILE
+    path = locate(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

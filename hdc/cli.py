@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.table import Table
 
-from hdc import atomic, distributed
+from hdc import atomic, distributed, results
 from hdc.config import (
     CommandConfig,
     FinetuneConfig,
     PretrainConfig,
     ProbeConfig,
+    RecognizeConfig,
     RetrieveConfig,
     TestConfig,
 )
@@ -39,6 +40,7 @@ from hdc.progress import ProgressBar, console
 from hdc.recognition import test
 from hdc.report import ReportConfig, report
 from hdc.retrieval import retrieve
+from hdc.splits import recognize
 from hdc.training import TrainedRun
 
 START = "hdc-train demo"
@@ -63,17 +65,36 @@ def run_test(config: TestConfig) -> None:
     table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
     table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
     console.print(table)
-    _show_written(config.out, "test.json")
+    _show_written(config.out, results.TEST)
+
+
+def run_recognize(config: RecognizeConfig) -> None:
+    """Finetune and test on every split, and average."""
+    result = recognize(config, open_data(config))
+    table = Table("split", "video top-1 %", "clip top-1 %", "videos", "clips")
+    for split, found in result.splits.items():
+        shares = (f"{100 * found.video_accuracy:.1f}", f"{100 * found.clip_accuracy:.1f}")
+        last = split == config.splits[-1]
+        table.add_row(f"{split}", *shares, f"{found.videos}", f"{found.clips}", end_section=last)
+    shares = (f"{100 * result.video_accuracy:.1f}", f"{100 * result.clip_accuracy:.1f}")
+    table.add_row("mean", *shares)
+    console.print(table)
+    _show_written(config.out, results.RECOGNITION)
 
 
 def run_probe(config: ProbeConfig) -> None:
-    """Fit a linear classifier on frozen features."""
-    result = probe(config, open_data(config))
-    table = Table("linear probe", "top-1 %")
-    table.add_row("test videos", f"{100 * result.test_accuracy:.1f}")
-    table.add_row("training videos", f"{100 * result.train_accuracy:.1f}")
+    """Classify by frozen features: linear probe and kNN."""
+    linear, vote = probe(config, open_data(config))
+    table = Table("on frozen features", "top-1 %")
+    table.add_row("linear classifier", f"{100 * linear.test_accuracy:.1f}")
+    table.add_row(
+        "the same, training videos", f"{100 * linear.train_accuracy:.1f}", end_section=True
+    )
+    table.add_row(f"{vote.neighbors} nearest, weighted vote", f"{100 * vote.weighted:.1f}")
+    table.add_row(f"{vote.neighbors} nearest, majority", f"{100 * vote.majority:.1f}")
     console.print(table)
-    _show_written(config.out, "probe.json")
+    _show_written(config.out, results.PROBE)
+    _show_written(config.out, results.KNN)
 
 
 def run_retrieve(config: RetrieveConfig) -> None:
@@ -82,7 +103,7 @@ def run_retrieve(config: RetrieveConfig) -> None:
     table = Table("retrieval", *(f"top-{k}" for k in result.accuracy))
     table.add_row("hits %", *(f"{100 * value:.1f}" for value in result.accuracy.values()))
     console.print(table)
-    _show_written(config.out, "retrieval.json")
+    _show_written(config.out, results.RETRIEVAL)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -174,6 +195,11 @@ COMMANDS = {
         TestConfig,
         run_test,
         "hdc-train test --data ucf101 --checkpoint runs/finetune/checkpoint.pt",
+    ),
+    "recognize": Command(
+        RecognizeConfig,
+        run_recognize,
+        "hdc-train recognize --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
     "probe": Command(
         ProbeConfig,
@@ -302,7 +328,7 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
     for place in command.places:
         limits: dict[str, Any] = {"choices": place.choices} if place.choices else {}
         parser.add_argument(place.name.lower(), metavar=place.name, help=place.help, **limits)
-    fields = dataclasses.fields(command.config)
+    fields = [field for field in dataclasses.fields(command.config) if field.init]
     switches = [f.name for f in fields if f.default is False]
     parser.add_class_arguments(command.config, skip=set(switches))
     descriptions = _attribute_docs(command.config)

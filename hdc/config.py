@@ -4,7 +4,7 @@ Values arrive as defaults, then from a preset, then from a YAML file, then from 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hdc.backbones import BackboneName
 from hdc.data.clips import ClipConfig
@@ -68,15 +68,28 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandConfig:
-    """What every command takes.
+class InputConfig:
+    """What a command looks at.
 
     Attributes:
         data: a manifest (CSV with path, frames, label, split1), or a folder in UCF101's layout.
-        out: folder for everything the command writes.
         split: which split's train and test lists to use.
         label: the manifest's column of class names.
         backbone: the encoder.
+    """
+
+    data: str
+    split: int = 1
+    label: str = "label"
+    backbone: BackboneName = "resnet3d-18"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What everything takes that computes.
+
+    Attributes:
+        out: folder for everything the command writes.
         norm_eps: epsilon of the instance norms (Keras implementations use 1e-3).
         norm_affine: learned scale and shift in the instance norms.
         precision: "bf16" runs the encoder under bfloat16 autocast on a GPU; losses stay in float32.
@@ -86,11 +99,7 @@ class CommandConfig:
         seed: decides initial weights, order, crops and augmentations.
     """
 
-    data: str
     out: str
-    split: int = 1
-    label: str = "label"
-    backbone: BackboneName = "resnet3d-18"
     norm_eps: float = 1e-5
     norm_affine: bool = True
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -104,6 +113,11 @@ class CommandConfig:
             raise InputError(f"workers is {self.workers}; it must not be negative")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(RunConfig, InputConfig):  # the help lists the fields of the last base first
+    """What every command takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +191,9 @@ class FinetuneConfig(TrainConfig):
             raise InputError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
 
+Corners = Literal["frame", "square"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TestConfig(CommandConfig):
     """Action recognition by a finetuned model: five crops of every clip of every test video.
@@ -191,12 +208,39 @@ class TestConfig(CommandConfig):
     checkpoint: str
     out: str = "runs/test"
     crop_size: int = 112
-    corners: Literal["frame", "square"] = "frame"
+    corners: Corners = "frame"
     crop_batch: int = 40
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_crop(self.crop_size, self.clips)
+        if self.crop_batch < 1:
+            raise InputError(f"crop_batch is {self.crop_batch}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognizeConfig(FinetuneConfig):
+    """Finetuning and testing on several splits of a dataset.
+
+    Attributes:
+        splits: the splits, each finetuned and tested by itself.
+        corners: of the test: "frame" takes the corner crops from the full frame, "square" from its central
+            square.
+        crop_batch: crops of the test that go through the network at a time.
+    """
+
+    out: str = "runs/recognize"
+    split: int = field(default=1, init=False)  # `splits` says it
+    splits: tuple[int, ...] = (1, 2, 3)
+    corners: Corners = "frame"
+    crop_batch: int = 40
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.splits or len(set(self.splits)) < len(self.splits) or min(self.splits) < 1:
+            raise InputError(
+                f"splits is {list(self.splits)}; it must name splits such as 1, 2, 3, each once"
+            )
         if self.crop_batch < 1:
             raise InputError(f"crop_batch is {self.crop_batch}; it must be at least 1")
 
@@ -239,20 +283,28 @@ class RetrieveConfig(FeatureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(FeatureConfig):
-    """A linear classifier on frozen features.
+    """Two classifiers on the same frozen features: a linear one, and the nearest neighbours' vote.
 
     Attributes:
-        l2: strength of the penalty on the squared weights (features are standardised first).
+        l2: strength of the linear classifier's penalty on the squared weights (features are standardised
+            first).
+        neighbors: k, the training videos that vote on a test video.
+        knn_temperature: T; a neighbour of cosine s votes with weight exp(s / T).
     """
 
     out: str = "runs/probe"
     pooling: Literal["max", "average"] = "average"
     l2: float = 1e-3
+    neighbors: int = 20
+    knn_temperature: float = 0.07
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.l2 > 0:
-            raise InputError(f"l2 is {self.l2}; it must be positive")
+        for name in ("l2", "knn_temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.neighbors < 1:
+            raise InputError(f"neighbors is {self.neighbors}; it must be at least 1")
 
 
 def _check_crop(crop_size: int, clips: ClipConfig) -> None:
@@ -261,3 +313,10 @@ def _check_crop(crop_size: int, clips: ClipConfig) -> None:
             f"crop_size is {crop_size}, larger than frames with a short side of {clips.size}; "
             "lower it or raise --clips.size"
         )
+
+
+def plain(value: Any) -> Any:
+    """Nested values as JSON and YAML give them back: tuples become lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,6 +12,7 @@ import yaml
 
 from hdc import atomic, checkpoint
 from hdc.backbones.exchange import WEIGHTS, pack_backbone
+from hdc.config import plain
 from hdc.errors import InputError
 from hdc.report.records import Record, read_record
 
@@ -62,7 +63,7 @@ def _card(state: Mapping[str, Any], record: Record, size: int) -> Iterator[str]:
         yield from results
     yield "\n## Configuration\n"
     shared = {name: value for name, value in config.items() if name not in PRIVATE}
-    yield f"```yaml\n{yaml.safe_dump(_plain(shared), sort_keys=False)}```"
+    yield f"```yaml\n{yaml.safe_dump(plain(shared), sort_keys=False)}```"
 
 
 def _dataset(path: str) -> str:
@@ -87,10 +88,3 @@ def _results(record: Record) -> Iterator[str]:
     if record.retrieval:
         shares = [f"{k} {100 * share:.1f} %" for k, share in record.retrieval["accuracy"].items()]
         yield f"- retrieval ({record.retrieval['label']}): {', '.join(shares)}"
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML knows."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

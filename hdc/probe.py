@@ -1,17 +1,17 @@
 """A linear probe: multinomial logistic regression on frozen, standardised features."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdc import atomic, distributed
+from hdc import distributed, knn, results
 from hdc.config import ProbeConfig
 from hdc.data.manifest import Manifest
 from hdc.errors import InputError
 from hdc.features import Features, extract, load_encoder
+from hdc.knn import KnnResult
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ def score(
     return ProbeResult(accuracy["train"], accuracy["test"])
 
 
-def probe(config: ProbeConfig, manifest: Manifest) -> ProbeResult:
-    """Extract features, fit, count; writes `probe.json` into `config.out`."""
+def probe(config: ProbeConfig, manifest: Manifest) -> tuple[ProbeResult, KnnResult]:
+    """Extract features once, and classify by them linearly and by neighbours.
+
+    Writes `probe.json` and `knn.json` into `config.out`.
+    """
     manifest.labels(config.label)
     backbone = load_encoder(config, config.checkpoint)
     train = extract(config, backbone, manifest, "train")
     test = extract(config, backbone, manifest, "test")
-    result = distributed.on_rank0(lambda: score(train, test, manifest, config.label, config.l2))
-    summary = {
-        "checkpoint": config.checkpoint,
-        "label": config.label,
-        "split": config.split,
-        "train_accuracy": result.train_accuracy,
-        "test_accuracy": result.test_accuracy,
-        "unreadable": [entry._asdict() for entry in (*train.unreadable, *test.unreadable)],
-    }
-    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "probe.json", summary))
-    return result
+    linear = distributed.on_rank0(lambda: score(train, test, manifest, config.label, config.l2))
+    by_vote = knn.score(
+        train, test, manifest, config.label, config.neighbors, config.knn_temperature
+    )
+    unreadable = [*train.unreadable, *test.unreadable]
+    results.write(config, results.PROBE, asdict(linear), unreadable)
+    results.write(config, results.KNN, asdict(by_vote), unreadable)
+    return linear, by_vote

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdc import atomic, checkpoint, distributed
+from hdc import checkpoint, distributed, results
 from hdc.backbones import build_backbone
 from hdc.config import TestConfig
 from hdc.data.clips import Unreadable
@@ -105,13 +105,10 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
         unreadable=unreadable,
     )
     summary = {
-        "checkpoint": config.checkpoint,
-        "split": config.split,
         "video_accuracy": result.video_accuracy,
         "clip_accuracy": result.clip_accuracy,
         "videos": result.videos,
         "clips": result.clips,
-        "unreadable": [entry._asdict() for entry in unreadable],
         "predictions": [
             {
                 "path": str(videos.path[row]),
@@ -121,5 +118,5 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
             for row, predicted, _ in tested
         ],
     }
-    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "test.json", summary))
+    results.write(config, results.TEST, summary, unreadable)
     return result

@@ -1,13 +1,12 @@
 """Nearest-neighbour retrieval: test videos query the training videos (the paper's Section 4.3)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdc import atomic, distributed
+from hdc import results
 from hdc.config import RetrieveConfig
 from hdc.data.manifest import Manifest
 from hdc.features import Features, extract, load_encoder
@@ -29,17 +28,21 @@ class RetrievalResult:
     gallery: Features
 
 
-def nearest(query: Tensor, gallery: Tensor, k: int, *, center: bool = False) -> Tensor:
-    """The k nearest gallery rows of every query by cosine: [Q, D], [G, D] -> int64 [Q, min(k, G)].
+def nearest(
+    query: Tensor, gallery: Tensor, k: int, *, center: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k nearest gallery rows of every query by cosine: [Q, D], [G, D] -> twice [Q, min(k, G)].
 
-    `center` subtracts the gallery's mean from both first.
+    Returns the cosines, largest first, and the rows (int64). `center` subtracts the gallery's mean from
+    both first.
     """
     if center:
         mean = gallery.mean(0)
         query, gallery = query - mean, gallery - mean
     gallery = F.normalize(gallery, dim=1).T
     chunks = F.normalize(query, dim=1).split(CHUNK)
-    return torch.cat([(q @ gallery).topk(min(k, gallery.shape[1])).indices for q in chunks])
+    found = [(q @ gallery).topk(min(k, gallery.shape[1])) for q in chunks]
+    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
 def hit_rates(neighbors: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[int, float]:
@@ -53,7 +56,7 @@ def score(
 ) -> RetrievalResult:
     """Retrieve by features that were extracted before; `label` names the column that decides a hit."""
     names = manifest.labels(label).names
-    neighbors = nearest(queries.vectors, gallery.vectors, max(TOP), center=center)
+    _, neighbors = nearest(queries.vectors, gallery.vectors, max(TOP), center=center)
     query_ids, gallery_ids = (
         torch.from_numpy(part.manifest.labels(label, names).ids) for part in (queries, gallery)
     )
@@ -62,21 +65,13 @@ def score(
     )
 
 
-def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
-    """The paper's protocol: test list against train list; writes `retrieval.json` into `config.out`."""
-    manifest.labels(config.label)  # a missing column should fail before the work
-    backbone = load_encoder(config, config.checkpoint)
-    gallery = extract(config, backbone, manifest, "train")
-    queries = extract(config, backbone, manifest, "test")
-    result = score(queries, gallery, manifest, config.label, center=config.center)
+def write(config: RetrieveConfig, result: RetrievalResult) -> None:
+    """Write `retrieval.json` into `config.out`: the hits, and each query with its nearest neighbour."""
+    queries, gallery = result.queries, result.gallery
     summary = {
-        "checkpoint": config.checkpoint,
-        "label": config.label,
-        "split": config.split,
         "accuracy": {f"top{k}": value for k, value in result.accuracy.items()},
         "queries": len(queries.vectors),
         "gallery": len(gallery.vectors),
-        "unreadable": [entry._asdict() for entry in (*gallery.unreadable, *queries.unreadable)],
         "nearest": [
             {
                 "query": str(queries.manifest.path[row]),
@@ -87,5 +82,15 @@ def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
             for row, found in enumerate(result.neighbors[:, 0].tolist())
         ],
     }
-    distributed.on_rank0(lambda: atomic.write_json(Path(config.out) / "retrieval.json", summary))
+    results.write(config, results.RETRIEVAL, summary, [*gallery.unreadable, *queries.unreadable])
+
+
+def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
+    """The paper's protocol: test list against train list; writes `retrieval.json` into `config.out`."""
+    manifest.labels(config.label)  # a missing column should fail before the work
+    backbone = load_encoder(config, config.checkpoint)
+    gallery = extract(config, backbone, manifest, "train")
+    queries = extract(config, backbone, manifest, "test")
+    result = score(queries, gallery, manifest, config.label, center=config.center)
+    write(config, result)
     return result

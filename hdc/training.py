@@ -18,8 +18,8 @@ import torch
 import yaml
 from torch import Generator, Tensor, nn
 
-from hdc import atomic, checkpoint, distributed
-from hdc.config import TrainConfig
+from hdc import atomic, checkpoint, distributed, environment
+from hdc.config import TrainConfig, plain
 from hdc.data.clips import Batch, TrainingClips, Unreadable, training_loader
 from hdc.device import decoding_workers
 from hdc.errors import InputError
@@ -94,7 +94,9 @@ def train(
     total = step + len(loader)
     stored = asdict(config)
     if first:
-        atomic.write_text(out / "config.yaml", yaml.safe_dump(_plain(stored), sort_keys=False))
+        atomic.write_text(out / "config.yaml", yaml.safe_dump(plain(stored), sort_keys=False))
+        if len(loader):
+            environment.store(out, device, step)
 
     def save() -> None:
         weights = model.state_dict()
@@ -209,7 +211,7 @@ def _stored(kind: checkpoint.Kind, config: TrainConfig, path: Path) -> dict[str,
     different = [
         key
         for key in ours
-        if key not in FREE_ON_RESUME and _plain(ours[key]) != _plain(theirs.get(key))
+        if key not in FREE_ON_RESUME and plain(ours[key]) != plain(theirs.get(key))
     ]
     if different:
         raise InputError(
@@ -234,13 +236,6 @@ def _restore(
     if distributed.restarted():
         console.print(f"restarted by torchrun: going on from step {step}", highlight=False)
     return step, {entry[0]: Unreadable(*entry) for entry in state["unreadable"]} if state else {}
-
-
-def _plain(value: Any) -> Any:
-    """The value as YAML would give it back: tuples become lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _diverged(step: int, path: Path) -> InputError:

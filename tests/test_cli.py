@@ -66,6 +66,10 @@ def test_evaluation_commands_write_their_numbers(
     assert main(["probe", data, weights, f"--out={tmp_path}", crop, *TINY]) == 0
     test = ["test", data, f"--checkpoint={finetuned}", f"--out={tmp_path}", crop, *TINY]
     assert main(test) == 0
+    votes = json.loads((tmp_path / "knn.json").read_text())
+    assert votes["neighbors"] == 10  # all there are
+    assert votes["checkpoint"] == str(pretrained)
+    assert 0 <= votes["weighted"] <= 1
     found = json.loads((tmp_path / "retrieval.json").read_text())
     assert (found["queries"], found["gallery"], found["unreadable"]) == (5, 10, [])
     assert found["accuracy"]["top10"] == 1.0  # ten training videos, two of each class
@@ -138,6 +142,10 @@ def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -
             ["test", "--data=DATA", "--checkpoint=PRETRAINED", *TINY, "--crop_size=28"],
             "a finetune one is needed",
         ),
+        (["probe", "--data=DATA", "--neighbors=0"], "neighbors is 0; it must be at least 1"),
+        (["probe", "--data=DATA", "--knn_temperature=0"], "knn_temperature is 0"),
+        (["recognize", "--data=DATA", "--splits=[1,1]"], "splits is [1, 1]; it must name splits"),
+        (["recognize", "--data=DATA", *TRAIN], "no column split2; it has split1"),
         (["demo", "--train_videos=7"], "train_videos is 7; it must be a multiple of 5"),
     ],
 )

@@ -29,6 +29,14 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for value in nearest.values():
             assert value * 30 / 100 == pytest.approx(round(value * 30 / 100))
 
+    # A report needs no more than the folder to show the retrieved clips, by the same numbers.
+    for name in ("random", "SC", "TC", "SC+TC", "HDC"):
+        found = json.loads((tmp_path / f"evaluate-{name}" / "retrieval.json").read_text())
+        assert 100 * found["accuracy"]["top1"] == results["models"][name]["nearest"]["both"]
+        assert found["data"] == str(tmp_path / "data" / "takes.csv")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "No clips are shown" not in (tmp_path / "report.html").read_text()
+
     # The figure is an image with green and red in it.
     with av.open(str(tmp_path / "retrieval.png")) as container:
         image = next(container.decode(video=0)).to_ndarray(format="rgb24")

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
+from hdc import environment
 from hdc.cli import main
 from hdc.data.manifest import read_manifest
 from hdc.data.synthetic import make_dataset
@@ -176,7 +179,7 @@ def test_names_are_escaped(text: str, page: Page) -> None:
 
 def test_numbers_are_those_of_the_files(runs: Path, page: Page) -> None:
     results = page.sections["results"]
-    tested, retrieved, probed, logged = (rows(table) for table in results.tables)
+    tested, retrieved, probed, voted, logged = (rows(table) for table in results.tables)
     found = {
         name: json.loads((runs / file).read_text())
         for name, file in (
@@ -184,11 +187,16 @@ def test_numbers_are_those_of_the_files(runs: Path, page: Page) -> None:
             ("HDC", "HDC/retrieval.json"),
             ("random", "random/retrieval.json"),
             ("probe", "HDC/probe.json"),
+            ("knn", "HDC/knn.json"),
         )
     }
     assert tested["fine"][0] == f"{100 * found['test']['video_accuracy']:.1f}"
     assert tested["fine"][2:4] == ["5", "30"]
     assert probed["HDC"][1] == f"{100 * found['probe']['test_accuracy']:.1f}"
+    assert voted["HDC"][1:4] == [
+        "9",  # one of the ten training videos is cut short
+        *(f"{100 * found['knn'][name]:.1f}" for name in ("weighted", "majority")),
+    ]
     for name in ("HDC", "random"):
         shares = found[name]["accuracy"].values()
         assert retrieved[name][1:6] == [f"{100 * share:.1f}" for share in shares]
@@ -199,7 +207,7 @@ def test_numbers_are_those_of_the_files(runs: Path, page: Page) -> None:
         for row, (name, cells) in enumerate(logged.items()):
             value = last.get(name.replace(" ", "_"))
             if value is not None:
-                assert float(results.exact[3, (row, column)]) == value
+                assert float(results.exact[4, (row, column)]) == value
                 assert float(cells[column - 1]) == pytest.approx(value, rel=1e-3)
             elif name:
                 assert cells[column - 1] == ""
@@ -269,6 +277,44 @@ def test_large_confusion_has_no_numbers_in_cells() -> None:
     assert drawn.count('class="wrong"') == 38
     assert 'class="count' not in drawn
     assert drawn.count("<tr>") == 1 + 10
+
+
+def test_environment_is_that_of_the_runs(runs: Path, tmp_path: Path) -> None:
+    """One that was resumed elsewhere has a column for each; the reader's own machine is not shown."""
+    folder = tmp_path / "moved"
+    shutil.copytree(runs / "pre", folder)
+    (start,) = environment.read(folder)
+    assert start["first_step"] == 0
+    assert start["environment"]["torch"] == torch.__version__
+    assert start["environment"]["device"] == "cpu"
+    later = {"first_step": 3, "environment": {**start["environment"], "torch": "0.1"}}
+    (folder / "environment.json").write_text(json.dumps({"starts": [start, later]}))
+    out = tmp_path / "page.html"
+    assert main(["report", str(folder), f"--out={out}"]) == 0
+    table = rows(Page(out.read_text(encoding="utf-8")).sections["environment"].tables[0])
+    assert table[""] == ["moved: training", "moved: training, from step 3"]
+    assert table["torch"] == [torch.__version__, "0.1"]
+    (folder / "environment.json").unlink()
+    assert main(["report", str(folder), f"--out={out}"]) == 0
+    section = Page(out.read_text(encoding="utf-8")).sections["environment"]
+    assert section.tables == []
+    assert "store no environment" in section.text
+
+
+def test_retrievals_from_two_manifests_are_two_grids(
+    runs: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "HDC", tmp_path / "first")
+    shutil.copytree(runs / "random", tmp_path / "second")
+    other = tmp_path / "copy.csv"
+    other.write_text((data / "manifest.csv").read_text().replace("UCF-101", f"{data}/UCF-101"))
+    options = [f"--data={other}", f"--out={tmp_path}/second", "--crop_size=28", *TINY]
+    assert main(["retrieve", *options]) == 0
+    assert main(["report", str(tmp_path)]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    grids = page.sections["retrieval"].tables
+    assert [grid[0] for grid in grids] == [["query", "first"], ["query", "second"]]
+    assert len(page.sections["retrieval"].videos) == 2 * 2 * 5
 
 
 def test_skipped_videos_are_named(page: Page) -> None:

@@ -40,7 +40,7 @@ def test_nearest(
     monkeypatch.setattr(retrieval, "CHUNK", chunk)
     query, gallery = vectors
     expected = by_hand(query.double().numpy(), gallery.double().numpy(), 7)
-    assert nearest(query, gallery, 7).tolist() == expected
+    assert nearest(query, gallery, 7)[1].tolist() == expected
 
 
 def test_centred(vectors: tuple[Tensor, Tensor]) -> None:
@@ -48,13 +48,13 @@ def test_centred(vectors: tuple[Tensor, Tensor]) -> None:
     query, gallery = vectors
     q, g = query.double().numpy(), gallery.double().numpy()
     expected = by_hand(q - g.mean(0), g - g.mean(0), 7)
-    assert nearest(query.double(), gallery.double(), 7, center=True).tolist() == expected
-    assert nearest(query, gallery, 7).tolist() != expected
+    assert nearest(query.double(), gallery.double(), 7, center=True)[1].tolist() == expected
+    assert nearest(query, gallery, 7)[1].tolist() != expected
 
 
 def test_small_gallery(vectors: tuple[Tensor, Tensor]) -> None:
     query, gallery = vectors
-    found = nearest(query, gallery[:3], 50)
+    _, found = nearest(query, gallery[:3], 50)
     assert found.sort(1).values.tolist() == [[0, 1, 2]] * 11
 
 

@@ -16,7 +16,6 @@ from hdc.data.prepare import BAD_FILES
 from hdc.errors import InputError
 from hdc.report.confusion import draw_confusion
 from hdc.report.curves import draw_curves
-from hdc.report.environment import describe
 from hdc.report.html import Html, element, folded, joined, section, table
 from hdc.report.page import page
 from hdc.report.records import Record, flat, manifest_file, read_records
@@ -57,7 +56,7 @@ def report(run: Path, config: ReportConfig) -> Path:
         "training": ("Training", _training(records)),
         "configuration": ("Configuration", _configuration(records)),
         "left-out": ("Left out", _left_out(records, data)),
-        "environment": ("Environment", [_environment()]),
+        "environment": ("Environment", [_environment(records)]),
     }
     there = {name: part for name, part in parts.items() if part[1]}
     links = [element("a", title, href=f"#{name}") for name, (title, _) in there.items()]
@@ -99,6 +98,10 @@ def _trained(record: Record) -> Iterator[str]:
 def _reached(record: Record) -> Iterator[str]:
     if record.test:
         yield f"{100 * record.test['video_accuracy']:.1f} % of {record.test['videos']} test videos recognised"
+    if record.recognition:
+        share = record.recognition["mean"]["video_accuracy"]
+        count = len(record.recognition["splits"])
+        yield f"{100 * share:.1f} % of test videos recognised, the mean of {count} splits"
     if record.probe:
         yield f"linear probe right in {100 * record.probe['test_accuracy']:.1f} %"
     if record.retrieval:
@@ -180,8 +183,30 @@ def _listing(title: str, header: list[str], rows: Sequence[tuple[str, ...]]) -> 
     return folded(f"{title}: {len(rows):,}{more}", table("", header, rows[:LISTED]))
 
 
-def _environment() -> Html:
-    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    note = "Of the machine that made this page; a run does not store its own."
-    rows = [("this page", made), *describe()]
-    return joined([element("p", note, class_="soft"), table("", ["what", "value"], rows)])
+def _environment(records: Sequence[Record]) -> Html:
+    """A column for every environment that something was computed in."""
+    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for record in records:
+        for start in record.starts:
+            since = f", from step {start['first_step']:,}" if start["first_step"] else ""
+            _column(columns, start["environment"]).append(f"{record.name}: training{since}")
+        for name, result in record.results().items():
+            if "environment" in result:
+                _column(columns, result["environment"]).append(f"{record.name}: {name}")
+    made = element(
+        "p", f"This page was made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", class_="soft"
+    )
+    if not columns:
+        return joined([made, element("p", "These runs store no environment.", class_="soft")])
+    found = [dict(column) for column in columns]
+    names = dict.fromkeys(name for column in found for name in column)
+    rows = [(name, *(column.get(name, "") for column in found)) for name in names]
+    everything = len(found) == 1
+    header = ["", *("all of it" if everything else ", ".join(of) for of in columns.values())]
+    return joined([made, table("", header, rows)])
+
+
+def _column(
+    columns: dict[tuple[tuple[str, str], ...], list[str]], environment: dict[str, str]
+) -> list[str]:
+    return columns.setdefault(tuple(environment.items()), [])

@@ -1,6 +1,5 @@
 """What run folders hold: the files that the commands write, read and checked."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +7,18 @@ from typing import Any
 
 import yaml
 
-from hdc import journal
+from hdc import atomic, environment, journal, results
 from hdc.data.clips import Unreadable
 from hdc.errors import InputError
 
 CONFIG, DEMO = "config.yaml", "results.json"
 # What must be in a command's result for a page to be made of it.
 RESULTS = {
-    "test.json": ("video_accuracy", "clip_accuracy", "videos", "clips", "split", "predictions"),
-    "probe.json": ("test_accuracy", "train_accuracy", "label", "split"),
-    "retrieval.json": ("accuracy", "label", "split", "queries", "gallery", "nearest"),
+    results.TEST: ("video_accuracy", "clip_accuracy", "videos", "clips", "split", "predictions"),
+    results.RECOGNITION: ("label", "splits", "mean"),
+    results.PROBE: ("test_accuracy", "train_accuracy", "label", "split"),
+    results.KNN: ("weighted", "majority", "neighbors", "label", "split"),
+    results.RETRIEVAL: ("accuracy", "label", "split", "queries", "gallery", "nearest"),
 }
 FILES = (journal.FILE, CONFIG, DEMO, *RESULTS)
 
@@ -28,7 +29,8 @@ class Record:
 
     name: the folder's.
     lines: the log's lines of numbers, one per logged step.
-    demo, test, probe, retrieval: the commands' summaries.
+    starts: what it was computed with, one entry per start in another environment.
+    demo, test, recognition, probe, knn, retrieval: the commands' summaries.
     unreadable: videos that training or evaluation left out, each once.
     """
 
@@ -36,11 +38,24 @@ class Record:
     folder: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
     demo: dict[str, Any]
     test: dict[str, Any]
+    recognition: dict[str, Any]
     probe: dict[str, Any]
+    knn: dict[str, Any]
     retrieval: dict[str, Any]
     unreadable: list[Unreadable]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The summaries of evaluations, by command."""
+        found = {
+            "test": self.test,
+            "recognize": self.recognition,
+            "probe": self.probe or self.knn,
+            "retrieve": self.retrieval,
+        }
+        return {name: summary for name, summary in found.items() if summary}
 
     @property
     def kind(self) -> str:
@@ -73,12 +88,12 @@ def read_record(folder: Path) -> Record:
         InputError: a file is not what hdc-train writes.
     """
     log = [line for line in _log(folder / journal.FILE) if isinstance(line, dict)]
-    test, probe, retrieval = (_result(folder / name, keys) for name, keys in RESULTS.items())
+    found = {name: atomic.read_json(folder / name, keys) for name, keys in RESULTS.items()}
     left_out = [
         *((line["skipped"], line.get("reason")) for line in log if "skipped" in line),
         *(
             (entry.get("path"), entry.get("reason"))
-            for result in (test, probe, retrieval)
+            for result in found.values()
             for entry in result.get("unreadable", [])
         ),
     ]
@@ -87,10 +102,13 @@ def read_record(folder: Path) -> Record:
         folder=folder,
         config=read_config(folder / CONFIG),
         lines=[line for line in log if "loss" in line],
-        demo=_result(folder / DEMO, ("models",)),
-        test=test,
-        probe=probe,
-        retrieval=retrieval,
+        starts=environment.read(folder),
+        demo=atomic.read_json(folder / DEMO, ("models",)),
+        test=found[results.TEST],
+        recognition=found[results.RECOGNITION],
+        probe=found[results.PROBE],
+        knn=found[results.KNN],
+        retrieval=found[results.RETRIEVAL],
         unreadable=[Unreadable(str(p), str(reason)) for p, reason in dict(left_out).items()],
     )
 
@@ -126,15 +144,3 @@ def _log(path: Path) -> list[dict[str, Any]]:
         return journal.read(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-
-
-def _result(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(result, dict) or any(key not in result for key in keys):
-        raise InputError(f"{path} was not written by hdc-train; it must have {', '.join(keys)}")
-    return result

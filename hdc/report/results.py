@@ -13,9 +13,11 @@ def draw_results(records: Sequence[Record]) -> list[Html]:
     """One table for each kind of result that there is."""
     demos = [_demo(record.demo["models"]) for record in records if record.demo]
     kinds = (
+        (_recognized, [record for record in records if record.recognition]),
         (_tested, [record for record in records if record.test]),
         (_retrieved, [record for record in records if record.retrieval]),
         (_probed, [record for record in records if record.probe]),
+        (_voted, [record for record in records if record.knn]),
         (_logged, [record for record in records if record.lines]),
     )
     tables = demos + [draw(members) for draw, members in kinds if members]
@@ -56,6 +58,25 @@ def _tested(records: Sequence[Record]) -> Html:
     return table("Action recognition on the test list, top-1", header, rows)
 
 
+def _recognized(records: Sequence[Record]) -> Html:
+    rows = []
+    for record in records:
+        found = record.recognition
+        every = [(f"split {name}", result) for name, result in found["splits"].items()]
+        rows += [
+            [
+                record.name,
+                name,
+                percent(result["video_accuracy"]),
+                percent(result["clip_accuracy"]),
+                found.get("checkpoint") or RANDOM,
+            ]
+            for name, result in [*every, ("mean", found["mean"])]
+        ]
+    header = ["run", "", "videos %", "clips %", "from"]
+    return table("Action recognition over the splits, top-1", header, rows)
+
+
 def _retrieved(records: Sequence[Record]) -> Html:
     ranks = dict.fromkeys(rank for record in records for rank in record.retrieval["accuracy"])
     rows = []
@@ -82,6 +103,22 @@ def _probed(records: Sequence[Record]) -> Html:
     ]
     header = ["run", "label", "test %", "training %", "checkpoint"]
     return table("Linear probe on frozen features, top-1", header, rows)
+
+
+def _voted(records: Sequence[Record]) -> Html:
+    rows = [
+        [
+            record.name,
+            record.knn["label"],
+            number(record.knn["neighbors"]),
+            percent(record.knn["weighted"]),
+            percent(record.knn["majority"]),
+            record.knn.get("checkpoint") or RANDOM,
+        ]
+        for record in records
+    ]
+    header = ["run", "label", "k", "weighted %", "majority %", "checkpoint"]
+    return table("Vote of the k nearest neighbours on frozen features, top-1", header, rows)
 
 
 def _logged(records: Sequence[Record]) -> Html:

@@ -25,17 +25,18 @@ Place = tuple[str, int]  # a manifest row's path and start
 
 
 def draw_retrievals(records: Sequence[Record], data: Path | None) -> list[Html]:
-    """A grid for every (label, split) that models retrieved by.
+    """A grid for every (manifest, label, split) that models retrieved by.
 
     Args:
         data: the manifest to take clips and classes from; None tries those that the runs were trained with.
     """
-    groups: dict[tuple[str, int], list[Record]] = {}
+    groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in records:
         if record.retrieval:
-            key = (record.retrieval["label"], record.retrieval["split"])
+            found = record.retrieval
+            key = (found.get("data", ""), found["label"], found["split"])
             groups.setdefault(key, []).append(record)
-    return [_grid(label, members, data) for (label, _), members in groups.items()]
+    return [_grid(label, members, data) for (_, label, _), members in groups.items()]
 
 
 def _grid(label: str, records: Sequence[Record], data: Path | None) -> Html:
@@ -103,8 +104,8 @@ def _manifest(
 
 
 def _sources(records: Sequence[Record]) -> list[Path]:
-    """The manifests in the configurations beside the results and beside the models they are of."""
-    configs = [record.config for record in records]
+    """The manifests that were retrieved from, and those in the configurations beside results and models."""
+    configs = [*(record.retrieval for record in records), *(record.config for record in records)]
     for record in records:
         checkpoint = record.retrieval.get("checkpoint")
         if checkpoint:
