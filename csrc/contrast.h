@@ -10,7 +10,7 @@ extern "C" {
 enum HdcTask : int64_t { HDC_FORWARD = 0, HDC_BACKWARD = 1, HDC_STEP = 2 };
 
 // What a row becomes: `Function` in hdc_kernels/backends/__init__.py.
-enum HdcFunction : int64_t { HDC_INFO_NCE = 0, HDC_LOGSUMEXP = 1, HDC_SOFTPLUS = 2 };
+enum HdcFunction : int64_t { HDC_INFO_NCE = 0, HDC_LOGSUMEXP = 1, HDC_SOFTPLUS = 2, HDC_TILTED = 3 };
 
 // What the embeddings are stored in. float64 is computed in float64, everything else in float32.
 enum HdcDtype : int64_t { HDC_FLOAT64 = 0, HDC_FLOAT32 = 1, HDC_BFLOAT16 = 2, HDC_FLOAT16 = 3 };
@@ -37,11 +37,12 @@ struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embe
     int64_t bfloat16;  // whether products may round to it; only for float32 and bfloat16, see hdc_has_bfloat16
     int64_t function, diagonal, same;  // `Mask`: whether (i, i) counts; whether equal ids do, rather than others
     double temperature;
+    double beta;           // TILTED only
     void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
     void* terms;           // [T]                                    written by FORWARD, STEP
     uint8_t* hits;         // [T]: the positive beats all negatives  written by FORWARD, STEP
     int64_t* ranks;        // [T] or null: how many negatives it does not beat, as hits
-    double* lse;           // [T], symmetric [2, T]: of negatives    written by FORWARD, STEP; read by BACKWARD
+    double* lse;           // [T], symmetric and TILTED [2, T]       written by FORWARD, STEP; read by BACKWARD
     const void* upstream;  // [T]                                    read by BACKWARD
     void* d_temperature;   // [1]                                    written by BACKWARD, STEP
     const void* bias;      // [T], SOFTPLUS only

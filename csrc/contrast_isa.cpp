@@ -80,7 +80,8 @@ class Calculation {
                 full ? at<T>(p.dy, item.group) : at<Stored>(p.dy, item.group),
                 p.rows, p.columns, p.width, p.weight,
                 at(static_cast<T*>(call.terms), item.row), at(call.hits, item.row), at(call.ranks, item.row), lse,
-                call.symmetric ? lse + rows : nullptr, at(static_cast<const T*>(call.upstream), item.row),
+                call.symmetric ? lse + rows : nullptr, call.function == HDC_TILTED ? lse + rows : nullptr,
+                at(static_cast<const T*>(call.upstream), item.row),
                 at(p.x_ids, item.group * p.rows), at(p.y_ids, item.group * p.columns),
                 p.left_out_starts, p.left_out,
                 at(static_cast<const T*>(call.bias), item.row), at(static_cast<T*>(call.d_bias), item.row)};
@@ -90,8 +91,8 @@ class Calculation {
         team.lay_out(*item.problem, call);
         const Group<T> group = group_of(item);
         const int wanted = int(team.own.size());
-        const bool saved = call.task == HDC_BACKWARD, one_pass = call.task == HDC_STEP && !call.symmetric;
-        const bool softplus = call.function == HDC_SOFTPLUS;
+        const bool saved = call.task == HDC_BACKWARD, softplus = call.function == HDC_SOFTPLUS;
+        const bool one_pass = call.task == HDC_STEP && !call.symmetric && call.function != HDC_TILTED;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
         {
             const int threads = thread_count();

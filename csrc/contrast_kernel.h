@@ -4,6 +4,7 @@
 //   INFO_NCE    term_i = log(1 + exp(lse_i − S_ii)),  lse_i = log Σ_{j≠i} exp S_ij
 //   LOGSUMEXP   term_i = lse_i = log Σ_j exp S_ij
 //   SOFTPLUS    term_i = Σ_j log(1 + exp(S_ij + bias_i))
+//   TILTED      term_i = log Σ_j exp((1 + β) S_ij) − log Σ_j exp(β S_ij)
 //
 // over the columns j that the mask lets through: all others become −inf before anything else is done.
 // INFO_NCE's positives never enter a product of matrices: near convergence the gradient is a small
@@ -18,7 +19,8 @@
 //   FORWARD   1 product. Block by block: running maxima and sums of rows and, if symmetric, of columns.
 //   BACKWARD  3 products. Block by block: the coefficients of S from the saved logsumexps; O, dŶ as above.
 //
-// A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are.
+// A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are; one of
+// TILTED too, whose two sums share the product, but not the exponentials that O would add up.
 // SOFTPLUS needs no sum to know its coefficients, weight·σ(S + bias): every task is one sweep over the blocks.
 //
 // With PAIRS, an opt-in for float32 and bfloat16 embeddings, the factors of every product are rounded to
@@ -77,7 +79,7 @@ struct Group {
     T* terms;
     uint8_t* hits;
     int64_t* ranks;
-    double *row_lse, *column_lse;
+    double *row_lse, *column_lse, *tilt_lse;
     const T* upstream;
     const int64_t *x_ids, *y_ids, *left_out_starts, *left_out;
     const T* bias;
@@ -105,6 +107,7 @@ struct Packed {
     double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
     double *positive;                     // S_ii τ
     double *row_lse, *column_lse;         // of the negatives
+    double *tilt_lse;                     // TILTED: log Σ exp(β S); row_lse is that of (1 + β) S
     double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
 
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call) {
@@ -124,6 +127,7 @@ struct Packed {
         scratch.take(row_lse, problem.rows);
         scratch.take(row_weight, problem.rows);
         scratch.take(column_lse, symmetric ? problem.columns : 0);
+        scratch.take(tilt_lse, call.function == HDC_TILTED ? problem.rows : 0);
         scratch.take(column_weight, symmetric ? problem.columns : 0);
     }
 };
@@ -139,7 +143,7 @@ struct Private {
     T* dy;          // [columns, stride]
     T* gradient;    // [width]: one row
     T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
-    T* row_slope;              // SOFTPLUS: [panel_rows, LANES], the sums of σ
+    T* row_second;             // [panel_rows, LANES]: SOFTPLUS: the sums of σ; TILTED: those of exp(β (S − maximum))
     T* diagonal;               // [panel_rows]: S_ii τ out of the same product as the rest of the row
     T *column_maximum, *column_sum;         // [columns]
     bool has_dy;                            // whether any row of this group was its own
@@ -149,7 +153,8 @@ struct Private {
         const int64_t width = round_up(problem.width, call.bfloat16 ? 2 * LANES<T> : LANES<T>);
         const int64_t stride = row_stride<T>(width), columns = round_up(problem.columns, LANES<T>);
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric, dys = gradients && problem.dy.data;
-        const bool whole_panel = call.task == HDC_STEP && !symmetric && call.function != HDC_SOFTPLUS;
+        const bool softplus = call.function == HDC_SOFTPLUS, tilted = call.function == HDC_TILTED;
+        const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted;
         const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
         const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
@@ -159,7 +164,7 @@ struct Private {
         scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
         scratch.take(row_maximum, panel_rows * LANES<T>);
         scratch.take(row_sum, panel_rows * LANES<T>);
-        scratch.take(row_slope, call.function == HDC_SOFTPLUS ? panel_rows * LANES<T> : 0);
+        scratch.take(row_second, softplus || tilted ? panel_rows * LANES<T> : 0);
         scratch.take(diagonal, panel_rows);
         scratch.take(sums, gradients ? panel_rows * stride : 0);
         scratch.take(weighted, dys ? panel_rows * stride : 0);
@@ -188,9 +193,9 @@ class Contrast {
     const Packed<T>& packed;
     Private<T>& own;
     const HdcCall& call;
-    const bool normalize, symmetric, full_gradients, positives;  // whether rows have one
-    const double scale;
-    const T scale2;  // for exp2
+    const bool normalize, symmetric, tilted, full_gradients, positives;  // whether rows have one
+    const double scale, row_scale, tilt_scale;  // of S τ: 1 / τ; in row_lse; in tilt_lse
+    const T scale2, tilt_scale2;                // the last two for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
 
     T* block_of_panel(int64_t block) const { return own.panel + block * own.panel_rows * STRIDE; }
@@ -361,12 +366,18 @@ class Contrast {
         if (group.ranks) std::fill_n(group.ranks + first, count, int64_t(0));
         std::fill(own.row_maximum, own.row_maximum + count * V, LOWEST<T>);
         std::fill(own.row_sum, own.row_sum + count * V, T(0));
+        if (tilted || call.function == HDC_SOFTPLUS) std::fill(own.row_second, own.row_second + count * V, T(0));
+    }
+
+    // log Σ exp(a S) of a sum that was made relative to the highest S.
+    static double log_of_sum(T highest, double a, double sum) {
+        return sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * a + std::log(sum);
     }
 
     // What is known of row i once Σ exp((S_ij − maximum) / τ) is.
     void finish_row(int64_t i, T highest, double sum) {
         const int64_t row = first + i;
-        packed.row_lse[row] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
+        packed.row_lse[row] = log_of_sum(highest, row_scale, sum);
         group.row_lse[row] = packed.row_lse[row];
         if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
         group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
@@ -379,6 +390,7 @@ class Contrast {
 
     // With a positive log(1 + e^z) and 1 / (1 + e^−z), z = lse − S_ii, without overflow.
     Term term(double lse, int64_t row) const {
+        if (tilted) return {lse == -std::numeric_limits<double>::infinity() ? lse : lse - packed.tilt_lse[row], 1};
         if (!positives) return {lse, 1};
         const double z = lse - packed.positive[row] * scale, e = std::exp(-std::abs(z));
         return z > 0 ? Term{z + std::log1p(e), 1 / (1 + e)} : Term{std::log1p(e), e / (1 + e)};
@@ -416,8 +428,9 @@ class Contrast {
   public:
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
         : group(group), packed(packed), own(own), call(call), normalize(call.normalize), symmetric(call.symmetric),
-          full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
-          scale(1 / call.temperature), scale2(T(LOG2E / call.temperature)) {}
+          tilted(call.function == HDC_TILTED), full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
+          scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
+          scale2(T(LOG2E * row_scale)), tilt_scale2(T(LOG2E * tilt_scale)) {}
 
     // X̂, Ŷ and the positives of the rows and columns of these numbers, of either of which there may be fewer.
     // Squares and products are summed in float64. `numbers` begins at a whole tile.
@@ -476,7 +489,6 @@ class Contrast {
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
-            std::fill(own.row_slope, own.row_slope + count * V, T(0));
             if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
@@ -487,9 +499,9 @@ class Contrast {
             }
             for (int64_t i = 0; i < count; i++) {
                 if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
-                if (!saved) group.hits[first + i] = false;
+                if (!saved) group.hits[first + i] = false, group.row_lse[first + i] = 0;  // without a meaning
                 if (!gradients) continue;
-                group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_slope + i * V));
+                group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_second + i * V));
                 finish_dx(i, 1, 0);
             }
         }
@@ -500,7 +512,7 @@ class Contrast {
         for (int64_t i = 0; i < count; i++) {
             T* row = own.panel + i * STRIDE;
             const T bias = group.bias[first + i], weight = saved ? group.upstream[first + i] : T(group.weight);
-            Vector<T> sum = load(own.row_sum + i * V), slopes = load(own.row_slope + i * V);
+            Vector<T> sum = load(own.row_sum + i * V), slopes = load(own.row_second + i * V);
             for (int64_t j = 0; j < width; j += V) {
                 const Vector<T> z = load(row + j) * T(scale) + bias, zero{};
                 // The constant's own rounding would put all of a row off by |z| times as much. NaN is kept.
@@ -513,7 +525,7 @@ class Contrast {
                 store(row + j, slope);
             }
             store(own.row_sum + i * V, sum);
-            store(own.row_slope + i * V, slopes);
+            store(own.row_second + i * V, slopes);
         }
     }
 
@@ -586,13 +598,16 @@ class Contrast {
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 count_unbeaten(own.panel, columns_of(block));
-                update_rows(round_up(columns_of(block), V));
+                tilted ? update_tilted_rows(round_up(columns_of(block), V)) : update_rows(round_up(columns_of(block), V));
                 if (symmetric) update_columns(block);
             }
             for (int64_t i = 0; i < count; i++) {
                 const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);
                 const T highest = highest_lane<T>(maxima);
                 finish_row(i, highest, sum_of_lanes<T>(sums * exp2((maxima - highest) * scale2)));
+                if (!tilted) continue;
+                const Vector<T> tilts = load(own.row_second + i * V) * exp2((maxima - highest) * tilt_scale2);
+                packed.tilt_lse[first + i] = group.tilt_lse[first + i] = log_of_sum(highest, tilt_scale, sum_of_lanes<T>(tilts));
             }
         }
     }
@@ -605,6 +620,23 @@ class Contrast {
             for (int64_t j = 0; j < width; j += V) sum += exp2((load(row + j) - now) * scale2);
             store(own.row_maximum + i * V, now);
             store(own.row_sum + i * V, sum);
+        }
+    }
+
+    void update_tilted_rows(int64_t width) {
+        for (int64_t i = 0; i < count; i++) {
+            const T* row = own.panel + i * STRIDE;
+            const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
+            Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2);
+            Vector<T> tilt = load(own.row_second + i * V) * exp2((before - now) * tilt_scale2);
+            for (int64_t j = 0; j < width; j += V) {
+                const Vector<T> below = load(row + j) - now;
+                sum += exp2(below * scale2);
+                tilt += exp2(below * tilt_scale2);
+            }
+            store(own.row_maximum + i * V, now);
+            store(own.row_sum + i * V, sum);
+            store(own.row_second + i * V, tilt);
         }
     }
 
@@ -630,7 +662,7 @@ class Contrast {
             double sum = 0;
             for (const Private<T>& thread : threads)
                 sum += double(thread.column_sum[j]) * std::exp((double(thread.column_maximum[j]) - double(highest)) * scale);
-            packed.column_lse[j] = sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * scale + std::log(sum);
+            packed.column_lse[j] = log_of_sum(highest, scale, sum);
             group.column_lse[j] = packed.column_lse[j];
         }
     }
@@ -653,6 +685,7 @@ class Contrast {
             if (saved) {
                 packed.row_lse[i] = group.row_lse[i];
                 if (symmetric) packed.column_lse[i] = group.column_lse[i];
+                if (tilted) packed.tilt_lse[i] = group.tilt_lse[i];
             }
             const double upstream = (saved ? double(group.upstream[i]) : group.weight) / (symmetric ? 2 : 1);
             packed.row_weight[i] = upstream * term(packed.row_lse[i], i).slope;
@@ -670,7 +703,7 @@ class Contrast {
             if (ELEMENTS == PAIRS) weigh_rows(ones);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
-                coefficients(block);
+                tilted ? tilted_coefficients(block) : coefficients(block);
                 add_to_sums(own.panel, block);
                 add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
             }
@@ -687,7 +720,7 @@ class Contrast {
         for (int64_t i = 0; i < count; i++) {
             T* row = own.panel + i * STRIDE;
             T lse, factor;
-            split(packed.row_lse[first + i], packed.row_weight[first + i], lse, factor);
+            split(packed.row_lse[first + i], packed.row_weight[first + i], row_scale, lse, factor);
             for (int64_t j = 0; j < width; j += V) {
                 const Vector<T> s = load(row + j);
                 Vector<T> g = factor * exp2((s - lse) * scale2);
@@ -698,21 +731,37 @@ class Contrast {
         }
     }
 
+    // S τ -> row_weight_i ((1 + β) exp((1 + β) S_ij − row_lse_i) − β exp(β S_ij − tilt_lse_i))
+    void tilted_coefficients(int64_t block) {
+        const int64_t width = round_up(columns_of(block), V);
+        for (int64_t i = 0; i < count; i++) {
+            T* row = own.panel + i * STRIDE;
+            const double weight = packed.row_weight[first + i];
+            T lse, factor, tilt_lse, tilt_factor;
+            split(packed.row_lse[first + i], (1 + call.beta) * weight, row_scale, lse, factor);
+            split(packed.tilt_lse[first + i], call.beta * weight, tilt_scale, tilt_lse, tilt_factor);
+            for (int64_t j = 0; j < width; j += V) {
+                const Vector<T> s = load(row + j);
+                store(row + j, factor * exp2((s - lse) * scale2) - tilt_factor * exp2((s - tilt_lse) * tilt_scale2));
+            }
+        }
+    }
+
     // The columns' part of `coefficients`, as vectors of T, where FORWARD keeps maxima and sums.
     void load_columns() {
         std::fill_n(own.column_maximum, round_up(group.columns, V), T(0));
         std::fill_n(own.column_sum, round_up(group.columns, V), T(0));
         for (int64_t j = 0; j < group.columns; j++)
-            split(packed.column_lse[j], packed.column_weight[j], own.column_maximum[j], own.column_sum[j]);
+            split(packed.column_lse[j], packed.column_weight[j], scale, own.column_maximum[j], own.column_sum[j]);
     }
 
-    // weight · exp(S − lse) = factor · exp((S τ − rounded) / τ): S τ and `rounded` are close where it matters, so
-    // that their difference is exact, and the factor makes good what rounding lse τ to T does to a whole row.
+    // weight · exp(a S τ − lse) = factor · exp(a (S τ − rounded)): S τ and `rounded` are close where it matters, so
+    // that their difference is exact, and the factor makes good what rounding lse / a to T does to a whole row.
     // Without negatives all S are −inf and any lse will do.
-    void split(double lse, double weight, T& rounded, T& factor) const {
-        const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse / scale;
+    static void split(double lse, double weight, double a, T& rounded, T& factor) {
+        const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse / a;
         rounded = T(exact);
-        factor = T(weight * std::exp((double(rounded) - exact) * scale));
+        factor = T(weight * std::exp((double(rounded) - exact) * a));
     }
 
     void finish_dy(Share columns, Threads<T> threads) {

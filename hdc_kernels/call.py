@@ -24,6 +24,7 @@ class Call(NamedTuple):
     mask: Mask = EVERYTHING
     needs_y: bool = True
     ranked: bool = False
+    beta: float = 1.0
 
     def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
         """Itself but for the tensors of its mask, and these."""
@@ -58,6 +59,7 @@ class Call(NamedTuple):
             bias,
             self.needs_y,
             self.ranked,
+            self.beta,
         )
 
     def plain(

@@ -45,6 +45,7 @@ def contrast(
     mask: Mask = EVERYTHING,
     bias: Tensor | None = None,
     ranked: bool = False,
+    beta: float = 1.0,
     backend: str = "auto",
 ) -> Contrast:
     """The term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
@@ -75,6 +76,7 @@ def contrast(
         function,
         mask,
         ranked=ranked,
+        beta=beta,
     )
     if compiling:
         value, terms, hits, ranks = _compiled(call, tau, bias, x, y)
@@ -141,6 +143,7 @@ def _compiled(
         call.mask.diagonal,
         call.mask.same,
         call.ranked,
+        call.beta,
     )
     if call.weights is not None and _differentiable(tau, bias, x, y):
         total, terms, hits, ranks, _ = operators.contrast_total(*tensors, call.weights, *options)

@@ -1,6 +1,7 @@
 """InfoNCE that weights hard negatives: Robinson et al. 2021 (HCL) and Radenovic et al. 2023 (HN-NCE)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import Columns, logsumexp
+from hdc_kernels.pairwise import Columns, logsumexp, tilted_mean
 from hdc_kernels.positives import divide, positive_logits
 
 
@@ -62,7 +63,7 @@ def fused_hn_nce(
         symmetric: the mean of both directions, query to key and key to query.
         reduction: "mean", "sum", or "none" for one value per query, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
-        backend: as in `fused_info_nce`. There are two passes over the pairs, with β = 0 one, and
+        backend: as in `fused_info_nce`. There is one pass over the pairs (on a GPU two, unless β = 0), and
             twice as many with `symmetric`.
         process_group: as in `fused_info_nce`. n is then the number of negatives on all ranks together.
 
@@ -108,19 +109,16 @@ def fused_hn_nce(
         ids = labels.unsqueeze(0), everybody.unsqueeze(0)
 
     def direction(x: Tensor, y: Columns) -> Tensor:
-        def over_negatives(factor: float) -> Tensor:
-            return logsumexp(
-                x,
-                y,
-                temperature=temperature / factor,
-                normalize=normalize,
-                mask=Mask(diagonal=False, ids=ids),
-                backend=backend,
-            )
-
-        lse = over_negatives(1 + beta)
-        if beta > 0:  # otherwise all weights are 1
-            lse = lse - over_negatives(beta) + counts.clamp_min(1).log()
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "normalize": normalize,
+            "mask": Mask(diagonal=False, ids=ids),
+            "backend": backend,
+        }
+        if beta > 0:
+            lse = tilted_mean(x, y, beta, **options) + counts.clamp_min(1).log()
+        else:  # all weights are 1
+            lse = logsumexp(x, y, **options)
         excess = torch.where(counts > 0, lse - positive, 0.0)
         if tau_plus > 0:
             excess = _debias(excess, counts, least - positive, tau_plus)

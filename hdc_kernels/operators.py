@@ -20,7 +20,7 @@ from hdc_kernels.selection import implementation
 INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? left_out"
 OPTIONS = (
     "float temperature, bool symmetric, bool normalize, int rows_first, str backend, str function, "
-    "bool diagonal, bool same, bool ranked"
+    "bool diagonal, bool same, bool ranked, float beta"
 )
 
 
@@ -52,7 +52,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
     terms, hits = _flat(x, dtype, x[0]), _flat(x, torch.bool, x[0])
-    ranks = _flat(x if rest[-1] else [], torch.int64, x[0])
+    ranked = rest[-2]  # see OPTIONS
+    ranks = _flat(x if ranked else [], torch.int64, x[0])
     scalar = x[0].new_empty((), dtype=dtype)
     made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
     return scalar, terms, hits, ranks, [*_scalars(scalar, bias), *made]
@@ -131,7 +132,7 @@ def _(
     call = _call(len(x), None, x_ids, y_ids, left_out, options)
     terms = _flat(x, reference.compute_dtype(x[0].dtype), x[0])
     lse = implementation(call.backend).LSE_DTYPE
-    shape = (1 + call.symmetric, terms.shape[0])
+    shape = (call.problems(tau, bias, x, y).sums, terms.shape[0])
     ranks = _flat(x if call.ranked else [], torch.int64, x[0])
     return terms, _flat(x, torch.bool, x[0]), ranks, terms.new_empty(shape, dtype=lse)
 
@@ -194,9 +195,10 @@ def _call(
     left_out: Tensor | None,
     options: Sequence[Any],
 ) -> Call:
-    temperature, symmetric, normalize, rows_first, backend, function, diagonal, same, ranked = (
+    temperature, symmetric, normalize, rows_first, backend, function, *masking, ranked, beta = (
         options
     )
+    diagonal, same = masking
     ids = None if x_ids is None or y_ids is None else (x_ids, y_ids)
     return Call(
         backend,
@@ -209,6 +211,7 @@ def _call(
         function,
         Mask(diagonal, ids, same, left_out),
         ranked=ranked,
+        beta=beta,
     )
 
 

@@ -43,6 +43,30 @@ def softplus_sum(
     return _rows("softplus", x, y, bias, reduction, options)
 
 
+def tilted_mean(
+    x: Tensor,
+    y: Columns,
+    beta: float,
+    *,
+    temperature: float | Tensor,
+    reduction: Reduction = "none",
+    **options: Any,
+) -> Tensor:
+    """log of the mean of exp(s_ij) over the columns j that `mask` lets through, weighted by exp(β·s_ij), β > 0.
+
+    As `logsumexp`, but never symmetric, with s_ij = sim(x_i, y_j)/τ. One product of matrices makes both of its
+    sums, unless y travels: then keys go around twice. Where a row has no column, −inf; NaN if y travels.
+    """
+    if isinstance(y, Travelling):
+        sharp, broad = (
+            logsumexp(x, y, temperature=temperature / factor, **options)
+            for factor in (1 + beta, beta)
+        )
+        return reference.reduce(sharp - broad, reduction)
+    options |= {"temperature": temperature, "beta": beta}
+    return _rows("tilted", x, y, None, reduction, options)
+
+
 def _rows(
     function: Function,
     x: Tensor,

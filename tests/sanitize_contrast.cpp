@@ -155,6 +155,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
         matrices.emplace_back(s.groups, s.columns, s.width, gradients, written);
         rows += s.groups * s.rows;
     }
+    const int64_t sums = run.symmetric || run.function == HDC_TILTED ? 2 : 1;  // of every row
     const Mask mask(shapes);
     const bool entries = run.masked && shapes.size() == 1 && shapes[0].groups == 1;
     std::vector<HdcProblem> problems;
@@ -168,7 +169,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                             run.masked ? mask.y_ids[k].data() : nullptr, entries ? mask.starts.data() : nullptr,
                             entries ? mask.left_out.data() : nullptr});
     }
-    const Buffer total(1, wide), terms(rows, wide), lse(rows * (1 + run.symmetric), HDC_FLOAT64), slope(1, wide);
+    const Buffer total(1, wide), terms(rows, wide), lse(rows * sums, HDC_FLOAT64), slope(1, wide);
     const std::unique_ptr<uint8_t[]> hits(new uint8_t[size_t(rows)]);
     const std::unique_ptr<int64_t[]> ranks(new int64_t[size_t(rows)]);
     Buffer upstream(rows, wide), bias(rows, wide);
@@ -189,6 +190,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                  !run.masked,
                  0,
                  0.5,
+                 0.7,
                  total.at(0),
                  terms.at(0),
                  hits.get(),
@@ -212,7 +214,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
     if (run.task != HDC_FORWARD) call.d_temperature = slope.at(0), call.d_bias = d_bias.at(0);
     if (hdc_contrast(&call, problems.data())) std::exit(1);
 
-    const bool may_be_empty = run.masked || run.function == HDC_LOGSUMEXP;  // then a logarithm of 0 is −inf
+    const bool may_be_empty = run.masked || run.function == HDC_LOGSUMEXP || run.function == HDC_TILTED;  // then a logarithm of 0 is −inf
     if (!may_be_empty) total.require_finite("total"), terms.require_finite("terms");
     int64_t row = 0;
     for (const Shape& s : shapes)
@@ -220,7 +222,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
             if (hits[size_t(row)] > 1) std::printf("hits[%ld] was not written\n", long(row)), std::exit(1);
             if (run.function == HDC_INFO_NCE && (ranks[row] < 0 || ranks[row] >= s.columns))
                 std::printf("ranks[%ld] is %ld\n", long(row), long(ranks[row])), std::exit(1);
-            for (int64_t side = 0; side <= run.symmetric && run.function != HDC_SOFTPLUS; side++) {
+            for (int64_t side = 0; side < sums && run.function != HDC_SOFTPLUS; side++) {
                 double value;
                 std::memcpy(&value, lse.at(side * rows + row), sizeof value);
                 const bool empty = may_be_empty && value == -INFINITY;
@@ -257,12 +259,12 @@ int main() {
                             const int64_t normalize = random_bits() >> 16 & 1;
                             const Run plain{task, dtype, normalize, symmetric, threads, bfloat16, layout};
                             contrast(plain, shapes);
-                            for (int64_t function = HDC_INFO_NCE; function <= HDC_SOFTPLUS; function++, calls++) {
+                            for (int64_t function = HDC_INFO_NCE; function <= HDC_TILTED; function++, calls++) {
                                 Run run = plain;
                                 run.function = function;
                                 run.masked = random_bits() >> 16 & 1;
                                 run.needs_y = random_bits() >> 16 & 1;
-                                if (function == HDC_SOFTPLUS) run.symmetric = 0;
+                                if (function >= HDC_SOFTPLUS) run.symmetric = 0;
                                 contrast(run, shapes);
                             }
                         }
@@ -270,7 +272,7 @@ int main() {
                     for (const auto& shapes : square) each(shapes);
                     if (symmetric) continue;
                     for (const auto& shapes : wide) each(shapes);
-                    for (int64_t function : {HDC_LOGSUMEXP, HDC_SOFTPLUS}) {  // more rows than columns
+                    for (int64_t function : {HDC_LOGSUMEXP, HDC_SOFTPLUS, HDC_TILTED}) {  // more rows than columns
                         for (int64_t masked = 0; masked <= 1; masked++, calls++)
                             contrast({task, dtype, 1, 0, threads, 0, CONTIGUOUS, function, masked == 1}, {{1, 257, 5, 31}});
                     }

@@ -1,4 +1,4 @@
-"""The functions "logsumexp" and "softplus" of the primitive, masks, and `hdc_kernels.pairwise` on top of them.
+"""The functions "logsumexp", "softplus", "tilted" of the primitive, masks, and `hdc_kernels.pairwise` on top of them.
 
 The truth is a matrix of logits in float64, a matrix of what the mask lets through, and sums of exponentials:
 it shares nothing with `backends/plain.py`, which is held against it as well.
@@ -40,10 +40,11 @@ from hdc_kernels import reference
 from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, Terms, cpu, plain
 from hdc_kernels.checks import FLOATING, Reduction
 from hdc_kernels.contrast import contrast
-from hdc_kernels.pairwise import logsumexp, softplus_sum
+from hdc_kernels.pairwise import logsumexp, softplus_sum, tilted_mean
 
 REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean")
-FUNCTIONS: tuple[Function, ...] = ("info_nce", "logsumexp", "softplus")
+FUNCTIONS: tuple[Function, ...] = ("info_nce", "logsumexp", "softplus", "tilted")
+ONE_WAY = "softplus", "tilted"  # never symmetric
 MASKS = ("none", "diagonal", "ids", "same", "both", "entries")
 
 
@@ -90,7 +91,7 @@ def sums_of(
         rows = sum(g * m for g, m, _, _ in shapes)
         chosen = 2 * randn(rows, seed=9) if bias is None else torch.full((rows,), bias)
         problems = problems._replace(bias=chosen.to(reference.compute_dtype(dtype)))
-    return problems._replace(function=function, mask=mask)
+    return problems._replace(function=function, mask=mask, beta=0.7)
 
 
 def let_through(problems: Problems, pair: int) -> Tensor:
@@ -136,6 +137,10 @@ def evaluate(problems: Problems, upstream: Tensor | None = None) -> Truth:
             # The threshold is where log(1 + e^z) is z to 2⁻⁵²; the default of 20 is not enough here.
             losses.append(torch.where(through, F.softplus(z, threshold=40), 0.0).sum(-1))
             lse = s.new_zeros(1, *s.shape[:2])
+        elif problems.function == "tilted":
+            factors = 1 + problems.beta, problems.beta
+            lse = torch.stack([log_of_sum(factor * s, through, -1) for factor in factors])
+            losses.append(torch.where(through.any(-1), lse[0] - lse[1], -math.inf))
         else:
             lse = torch.stack([log_of_sum(s, through, -1 - way) for way in ways])
             positive = s.diagonal(dim1=-2, dim2=-1) if problems.function == "info_nce" else None
@@ -186,6 +191,8 @@ def bound_of(problems: Problems, dtype: torch.dtype | None = None) -> float:
     reach = largest / float(problems.temperature)
     if problems.bias is not None:
         reach += float(problems.bias.detach().abs().max())
+    if problems.function == "tilted":
+        reach *= 1 + problems.beta
     width = max(x.shape[-1] for x in problems.x)
     dtype = reference.compute_dtype(problems.x[0].dtype) if dtype is None else dtype
     return rounding(dtype, width, 1.0, reach)
@@ -204,7 +211,7 @@ def assert_equals_truth(
     assert (terms.total.dtype, terms.loss.dtype, terms.hits.dtype) == (wide, wide, torch.bool)
     assert terms.total.shape == gradients.temperature.shape == ()
     # A logsumexp may be near 0 and is still off by as much as a logit.
-    floor = float(problems.function == "logsumexp")
+    floor = float(problems.function in ("logsumexp", "tilted"))
     assert_sums_equal(terms.loss, truth.terms.loss, bound, floor)
     if truth.terms.total.isfinite():
         magnitude = float((truth.terms.loss.abs() + floor) @ spread(problems).abs())
@@ -265,11 +272,11 @@ def by_loops(problems: Problems) -> list[float]:
         equal = mask.ids[0][group, i].item() == mask.ids[1][group, j].item()
         return equal if mask.same else not equal
 
-    def sums(group: int, s: list[list[float]], i: int, axis: int) -> float:
-        """log Σ exp over row or column i."""
+    def sums(group: int, s: list[list[float]], i: int, axis: int, factor: float = 1.0) -> float:
+        """log Σ exp(factor·s) over row or column i."""
         across = range(len(s[0]) if axis else len(s))
         pairs = [(i, k) if axis else (k, i) for k in across]
-        chosen = [s[a][b] for a, b in pairs if counts(group, a, b)]
+        chosen = [factor * s[a][b] for a, b in pairs if counts(group, a, b)]
         return math.log(math.fsum(map(math.exp, chosen))) if chosen else -math.inf
 
     for group, (rows, columns) in enumerate(zip(x, y, strict=True)):
@@ -280,6 +287,10 @@ def by_loops(problems: Problems) -> list[float]:
                 bias = problems.bias[len(terms)].item()
                 logits = [z + bias for j, z in enumerate(row) if counts(group, i, j)]
                 terms.append(math.fsum(math.log1p(math.exp(z)) for z in logits))
+                continue
+            if problems.function == "tilted":
+                sharp, broad = (sums(group, s, i, 1, f + problems.beta) for f in (1, 0))
+                terms.append(-math.inf if sharp == -math.inf else sharp - broad)
                 continue
             found = [sums(group, s, i, axis) for axis in ((1, 0) if problems.symmetric else (1,))]
             if problems.function == "info_nce":
@@ -294,7 +305,7 @@ def cases(shapes: Sequence[Shape]) -> Iterator[tuple[Function, str, Shape, bool]
         groups, rows, columns, _ = shape
         if (function != "info_nce" or rows <= columns) and (name != "entries" or groups == 1):
             yield function, name, shape, False
-            if rows == columns and function != "softplus":
+            if rows == columns and function not in ONE_WAY:
                 yield function, name, shape, True
 
 
@@ -368,7 +379,7 @@ def test_tails(function: Function) -> None:
             continue
         shape = (1, rows, columns, 5)
         for name in ("both", "entries"):
-            symmetric = rows == columns and function != "softplus"
+            symmetric = rows == columns and function not in ONE_WAY
             mask = mask_of(name, shape)
             problems = sums_of(function, [shape], torch.float64, mask=mask, symmetric=symmetric)
             truth = evaluate(problems)
@@ -406,6 +417,11 @@ def plainly(problems: Problems) -> tuple[Tensor, list[Tensor]]:
     if problems.function == "softplus":
         shifted = logits + inputs[2].view(x.shape[:2]).unsqueeze(-1)
         loss = F.softplus(shifted).masked_fill(~through, 0.0).sum(-1)
+    elif problems.function == "tilted":
+        masked = logits.masked_fill(~through, -math.inf)
+        factors = 1 + problems.beta, problems.beta
+        sharp, broad = (torch.logsumexp(factor * masked, -1) for factor in factors)
+        loss = sharp - broad
     else:
         if problems.function == "info_nce":
             through |= torch.eye(*through.shape[1:], dtype=torch.bool)
@@ -425,7 +441,7 @@ def plainly(problems: Problems) -> tuple[Tensor, list[Tensor]]:
 def test_no_worse_than_plain(function: Function, dtype: torch.dtype, tau: float) -> None:
     """Error against float64 on the same rounded numbers at most twice that of plain PyTorch, in every output."""
     for name, symmetric in itertools.product(MASKS, (False, True)):
-        if symmetric and function == "softplus":
+        if symmetric and function in ONE_WAY:
             continue
         shape = (1, 90, 90 if symmetric else 140, 64)
         problems = sums_of(
@@ -488,7 +504,7 @@ def test_without_gradients_of_y(function: Function) -> None:
     """Nothing else depends on whether they are asked for."""
     for dtype, columns in itertools.product(FLOATING, (20, 30)):
         shape = (2, 20, columns, 9)
-        mask, both = mask_of("both", shape), columns == 20 and function != "softplus"
+        mask, both = mask_of("both", shape), columns == 20 and function not in ONE_WAY
         problems = sums_of(function, [shape], dtype, mask=mask, symmetric=both)
         for run in (cpu.step, in_two):
             terms, gradients = run(problems)
@@ -542,7 +558,7 @@ def test_any_sums(
 ) -> None:
     """Whatever comes together; without norms τ grows with the logits, which would else be hundreds."""
     groups, rows, columns, width = shape
-    symmetric = symmetric and function != "softplus"
+    symmetric = symmetric and function not in ONE_WAY
     groups = 1 if name == "entries" else groups
     columns = rows if symmetric else max(rows, columns) if function == "info_nce" else columns
     shape = (groups, rows, columns, width)
@@ -621,6 +637,7 @@ def test_rows_without_columns(
     sums: list[tuple[Function, int, float]] = [
         ("logsumexp", 6, -math.inf),
         ("logsumexp", 3, -math.inf),
+        ("tilted", 6, -math.inf),
         ("softplus", 6, 0.0),
         ("softplus", 3, 0.0),
         ("info_nce", 6, 0.0),
@@ -656,7 +673,7 @@ def test_nothing_counts(function: Function, backend: str) -> None:
     entries = torch.ones(5, 5).nonzero().T.contiguous()
     masks = [Mask(ids=(ids, ids)), Mask(ids=(ids, ids + 1), same=True), Mask(left_out=entries)]
     for mask, weights, symmetric in itertools.product(masks, (None, (0.7,)), (False, True)):
-        if symmetric and function == "softplus":
+        if symmetric and function in ONE_WAY:
             continue
         inputs = leaves((5, 8), (5, 8), (), dtype=torch.float32)
         tau = inputs[2].detach().abs().requires_grad_()
@@ -665,7 +682,7 @@ def test_nothing_counts(function: Function, backend: str) -> None:
             [(inputs[0], inputs[1])], weights=weights, temperature=tau, function=function,
             mask=mask, backend=backend, bias=bias, symmetric=symmetric,
         )  # fmt: skip
-        assert (result.terms == (-math.inf if function == "logsumexp" else 0)).all()
+        assert (result.terms == (-math.inf if function in ("logsumexp", "tilted") else 0)).all()
         wanted = [inputs[0], inputs[1], tau, *([] if bias is None else [bias])]
         for slope in torch.autograd.grad(result.value.sum(), wanted):
             assert not slope.isnan().any()
@@ -675,7 +692,7 @@ def test_nothing_counts(function: Function, backend: str) -> None:
     bias = torch.ones(1, dtype=torch.float64) if function == "softplus" else None
     options: dict[str, Any] = {"mask": single, "bias": bias, "backend": backend}
     value = contrast([(x, y)], weights=None, temperature=0.5, function=function, **options).value
-    assert value.item() == (-math.inf if function == "logsumexp" else 0)
+    assert value.item() == (-math.inf if function in ("logsumexp", "tilted") else 0)
     assert not any(slope.any() for slope in torch.autograd.grad(value.sum(), (x, y)))
 
 
@@ -690,7 +707,7 @@ def test_nan_and_infinity(function: Function, dtype: torch.dtype, bad: float) ->
     """
     shape = (1, 7, 7, 8)
     for name, symmetric, in_y in itertools.product(MASKS, (False, True), (False, True)):
-        if symmetric and function == "softplus":
+        if symmetric and function in ONE_WAY:
             continue
         clean = sums_of(function, [shape], dtype, mask=mask_of(name, shape), symmetric=symmetric)
         spoilt = [t.clone() for t in embeddings_of(clean)]
@@ -738,14 +755,16 @@ def test_softplus_of_large_biases(tau: float, bias: float) -> None:
 # hdc_kernels.pairwise
 
 
-def both_functions(
+def all_functions(
     x: Tensor, y: Tensor, tau: Tensor | float, bias: Tensor | float, **options: Any
 ) -> Tensor:
     """One of each; a sum that has everyone's gradient."""
-    found = logsumexp(x, y, temperature=tau, **options)
-    return torch.cat(
-        [f.flatten() for f in (found, softplus_sum(x, y, bias, temperature=tau, **options))]
+    found = (
+        logsumexp(x, y, temperature=tau, **options),
+        softplus_sum(x, y, bias, temperature=tau, **options),
+        tilted_mean(x, y, 0.7, temperature=tau, **options),
     )
+    return torch.cat([f.flatten() for f in found])
 
 
 def masks_of_pair(rows: int, columns: int) -> list[Mask]:
@@ -796,7 +815,7 @@ def test_gradcheck(reduction: Reduction, backend: str) -> None:
             options = {"mask": mask, "reduction": reduction, "backend": backend}
 
             def value(*inputs: Tensor, options: dict[str, Any] = options) -> Tensor:
-                return both_functions(*inputs, **options)
+                return all_functions(*inputs, **options)
 
             # A row without a column is −∞, of which there are no differences.
             whole = value(x, y, tau, bias).isfinite()
@@ -835,7 +854,7 @@ def test_torch_func(reduction: Reduction, dtype: torch.dtype) -> None:
     for mask in masks_of_pair(6, 9):
 
         def value(*inputs: Tensor, mask: Mask = mask) -> Tensor:
-            return both_functions(*inputs, mask=mask, reduction=reduction, backend="cpu")
+            return all_functions(*inputs, mask=mask, reduction=reduction, backend="cpu")
 
         eager = value(*inputs)
         upstream = randn(*eager.shape, seed=5).to(eager.dtype)
@@ -861,22 +880,22 @@ def test_every_way_to_call_backward(reduction: Reduction) -> None:
     inputs = (x, y, tau, bias)
     for mask in masks_of_pair(6, 9):
         options: dict[str, Any] = {"mask": mask, "reduction": reduction, "backend": "cpu"}
-        value = both_functions(*inputs, **options)
+        value = all_functions(*inputs, **options)
         ones = torch.ones_like(value)
         expected = torch.autograd.grad(value, inputs, ones, retain_graph=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = both_functions(*inputs, **options)
+            inside = all_functions(*inputs, **options)
             in_autocast = torch.autograd.grad(inside, inputs, ones)
         assert torch.equal(inside, value)
         for found in (torch.autograd.grad(value, inputs, ones), in_autocast):
             for ours, same in zip(found, expected, strict=True):
                 assert torch.equal(ours, same)
         with torch.no_grad():
-            assert not both_functions(*inputs, **options).requires_grad
-            torch.testing.assert_close(both_functions(*inputs, **options), value.detach())
+            assert not all_functions(*inputs, **options).requires_grad
+            torch.testing.assert_close(all_functions(*inputs, **options), value.detach())
         for wanted, slope in zip(range(4), expected, strict=True):
             alone = [t.detach().requires_grad_(k == wanted) for k, t in enumerate(inputs)]
-            both_functions(*alone, **options).backward(ones)
+            all_functions(*alone, **options).backward(ones)
             for k, t in enumerate(alone):
                 assert (t.grad is not None) == (k == wanted)
                 assert t.grad is None or torch.equal(t.grad, slope)
@@ -889,7 +908,7 @@ def test_every_way_to_call_backward(reduction: Reduction) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_operators_are_sound(function: Function, symmetric: bool) -> None:
     """Schemas, fake tensors, autograd and dynamic shapes of all three, with ids or entries, and a bias."""
-    if symmetric and function == "softplus":
+    if symmetric and function in ONE_WAY:
         pytest.skip("it has no second direction")
     for name, shape in (("both", (2, 5, 5, 4)), ("entries", (1, 6, 6, 4))):
         mask = mask_of(name, shape)
@@ -898,7 +917,7 @@ def test_operators_are_sound(function: Function, symmetric: bool) -> None:
         tau = torch.tensor(0.3, requires_grad=True)
         bias = None if problems.bias is None else problems.bias.requires_grad_()
         selected = (*(mask.ids or (None, None)), mask.left_out)
-        rest = (0.0, symmetric, True, 0, "cpu", function, mask.diagonal, mask.same, False)
+        rest = (0.0, symmetric, True, 0, "cpu", function, mask.diagonal, mask.same, False, 0.7)
         operators = torch.ops.hdc_kernels
         torch.library.opcheck(operators.contrast_total, (x, y, tau, bias, *selected, [0.5], *rest))
         torch.library.opcheck(operators.contrast_terms, (x, y, tau, bias, *selected, *rest))
@@ -916,14 +935,14 @@ def test_compiled_equals_eager(reduction: Reduction) -> None:
     x, y = leaves((6, 8), (9, 8), dtype=torch.float32)
     for mask, shape in zip(masks_of_pair(6, 9), [(), (6,), (1,), (6,), ()], strict=True):
         torch.compiler.reset()
-        compiled = torch.compile(both_functions, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(all_functions, fullgraph=True, backend="aot_eager")
         inputs = (
             x,
             y,
             torch.tensor(0.5, requires_grad=True),
             torch.full(shape, -1.0, requires_grad=True),
         )
-        value = both_functions(*inputs, mask=mask, reduction=reduction)
+        value = all_functions(*inputs, mask=mask, reduction=reduction)
         ours = compiled(*inputs, mask=mask, reduction=reduction)
         torch.testing.assert_close(ours, value, rtol=1e-6, atol=0)
         upstream = randn(*value.shape, seed=5, dtype=torch.float32)
@@ -943,7 +962,7 @@ def test_dynamic_batch(reduction: Reduction) -> None:
 
     def loss(x: Tensor, y: Tensor, bias: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         mask = Mask(diagonal=False, ids=(rows, columns))
-        return both_functions(x, y, 0.5, bias, mask=mask, reduction=reduction).square().sum()
+        return all_functions(x, y, 0.5, bias, mask=mask, reduction=reduction).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for batch in (6, 9, 17, 4):

@@ -149,6 +149,9 @@ def plain_terms(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -
     if problems.function == "softplus":
         shifted = logits + bias.view(*x.shape[:2], 1)
         return torch.logaddexp(shifted, shifted.new_zeros(())).sum(-1)
+    if problems.function == "tilted":
+        sharp, broad = (plain_logsumexp(f * logits) for f in (1 + problems.beta, problems.beta))
+        return (sharp - broad).masked_fill(sharp == -math.inf, -math.inf)
     if problems.function == "logsumexp":
         rows = plain_logsumexp(logits)
         return (rows + plain_logsumexp(logits.mT)) / 2 if problems.symmetric else rows
@@ -227,7 +230,8 @@ def check(
     result = ours(problems, upstream)
     found, allowed = errors(result, expected), errors(plain(problems, upstream), expected)
     unit = torch.finfo(problems.x[0].dtype).eps
-    slack = unit + 2.0**-25 / float(problems.temperature)
+    largest = 1 + problems.beta if problems.function == "tilted" else 1  # of cosines' factors
+    slack = unit + 2.0**-25 * largest / float(problems.temperature)
     for name, value in found.items():
         assert value <= 2 * allowed[name] + slack, (name, value, allowed[name])
         if bound is not None and name[0] in "xy":
@@ -292,9 +296,10 @@ def test_upstream_differs_by_row(dtype, path, symmetric):
 
 FUNCTIONS = [("info_nce", mask) for mask in ("ids", "same")] + [
     (function, mask)
-    for function in ("logsumexp", "softplus")
+    for function in ("logsumexp", "softplus", "tilted")
     for mask in ("everything", "off", "ids", "same", "off ids")
 ]
+ONE_WAY = "softplus", "tilted"  # never symmetric
 
 
 @pytest.mark.parametrize(("function", "mask"), FUNCTIONS)
@@ -312,7 +317,7 @@ def test_functions_and_masks(dtype, learned, shape, function, mask):
 
 @pytest.mark.parametrize("learned", [False, True])  # in one pass over the logits or in two
 @pytest.mark.parametrize(
-    ("function", "mask"), [case for case in FUNCTIONS if case[0] != "softplus"]
+    ("function", "mask"), [case for case in FUNCTIONS if case[0] not in ONE_WAY]
 )
 def test_functions_and_masks_of_columns(function, mask, learned):
     temperature = torch.tensor(0.07, device=DEVICE) if learned else 0.07
@@ -334,7 +339,7 @@ def test_functions_and_masks_beyond_one_block(dtype, shape, function, mask):
     check(problems, torch.linspace(0.5, 2, shape[1], device=DEVICE))
 
 
-@pytest.mark.parametrize("function", ["logsumexp", "softplus"])
+@pytest.mark.parametrize("function", ["logsumexp", "softplus", "tilted"])
 def test_functions_of_pairs(function):
     problems = make([(2, 9, 5, 7), (1, 9, 5, 7), (1, 4, 20, 3)])._replace(function=function)
     if function == "softplus":

@@ -19,7 +19,9 @@ from torch import Tensor
 #     info_nce     log(1 + exp(lse_i − s_ii)), lse_i = log Σ_{j≠i} exp s_ij
 #     logsumexp    lse_i = log Σ_j exp s_ij, −∞ where there is no j
 #     softplus     Σ_j log(1 + exp(s_ij + bias_i))
-Function = Literal["info_nce", "logsumexp", "softplus"]
+#     tilted       log Σ_j exp((1 + β)·s_ij) − log Σ_j exp(β·s_ij): the logarithm of the mean of exp s_ij under
+#                  weights exp(β·s_ij), −∞ where there is no j
+Function = Literal["info_nce", "logsumexp", "softplus", "tilted"]
 
 
 class Mask(NamedTuple):
@@ -54,14 +56,18 @@ class Problems(NamedTuple):
     weights: tuple[float, ...]  # of each pair's terms in their total
     temperature: float | Tensor  # a tensor has one element
     normalize: bool
-    symmetric: (
-        bool  # each term is the mean with that of column i; not for "softplus"; needs M_k = N_k
-    )
+    symmetric: bool  # each term is the mean with that of column i; for the first two functions; needs M_k = N_k
     function: Function = "info_nce"
     mask: Mask = EVERYTHING
     bias: Tensor | None = None  # [T] in the dtype of `reference.compute_dtype`, for "softplus"
     needs_y: bool = True  # whether gradients of y are asked for; a queue of keys needs none
     ranked: bool = False  # whether `Terms.ranks` are asked for; "info_nce" only
+    beta: float = 1.0  # β > 0, for "tilted"
+
+    @property
+    def sums(self) -> int:
+        """How many logsumexps there are of every row."""
+        return 2 if self.symmetric or self.function == "tilted" else 1
 
 
 class Terms(NamedTuple):
@@ -72,7 +78,7 @@ class Terms(NamedTuple):
     hits: [T] bool, whether the positive's logit is above every negative's (a tie is a miss). Without a
         meaning but for "info_nce".
     lse: [1, T] of dtype LSE_DTYPE, the rows' lse_i; `symmetric` gives [2, T], with that of the columns
-        below. Without a meaning for "softplus".
+        below; so does "tilted", (1 + β) above and β below. Without a meaning for "softplus".
     ranks: [T] int64, how many of the row's negatives the positive's logit is not above; None unless `ranked`.
     """
 

@@ -21,8 +21,8 @@ LIBRARY = Path(__file__).parent / "libhdc_cpu.so"
 
 _FORWARD, _BACKWARD, _STEP = range(3)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2}
-_CALL = struct.Struct("10qd9P")  # struct HdcCall
+_FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2, "tilted": 3}
+_CALL = struct.Struct("10q2d9P")  # struct HdcCall
 _PROBLEM = struct.Struct("P3qP3qP3qP3q4qd4P")  # struct HdcProblem
 
 
@@ -149,6 +149,7 @@ def _call(
         mask.diagonal,
         mask.same,
         float(problems.temperature),
+        problems.beta,
         terms.total.data_ptr(),
         terms.loss.data_ptr(),
         terms.hits.data_ptr(),

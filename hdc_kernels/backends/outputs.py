@@ -27,7 +27,7 @@ def empty_rows(problems: Problems) -> Rows:
     return Rows(
         torch.empty(rows, dtype=dtype, device=device),
         torch.empty(rows, dtype=torch.bool, device=device),
-        torch.empty((1 + problems.symmetric, rows), dtype=LSE_DTYPE, device=device),
+        torch.empty((problems.sums, rows), dtype=LSE_DTYPE, device=device),
     )
 
 

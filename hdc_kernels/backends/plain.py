@@ -76,6 +76,8 @@ def _whole(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> tup
     no_hits = x.new_zeros(x.shape[:2], dtype=torch.bool)
     if problems.function == "softplus":
         return _softplus(logits, bias), no_hits
+    if problems.function == "tilted":
+        return _tilted(logits, problems.beta), no_hits
     lse = _logsumexp(logits, -1)
     return (lse + _logsumexp(logits, -2)) / 2 if problems.symmetric else lse, no_hits
 
@@ -112,7 +114,12 @@ def _chunk(
         hits = reference.top1(logits, first)
         return logits.logsumexp(-1), positive, hits, _logsumexp(logits, -2)
     nothing = logits.new_zeros(x.shape[:2])
-    loss = _softplus(logits, bias) if problems.function == "softplus" else _logsumexp(logits, -1)
+    if problems.function == "softplus":
+        loss = _softplus(logits, bias)
+    elif problems.function == "tilted":
+        loss = _tilted(logits, problems.beta)
+    else:
+        loss = _logsumexp(logits, -1)
     return loss, nothing, nothing.bool(), _logsumexp(logits, -2)
 
 
@@ -148,6 +155,12 @@ def _logsumexp(logits: Tensor, dimension: int) -> Tensor:
     empty = (logits == -torch.inf).all(dimension, keepdim=True)
     lse = logits.masked_fill(empty, 0.0).logsumexp(dimension)
     return lse.masked_fill(empty.squeeze(dimension), -torch.inf)
+
+
+def _tilted(logits: Tensor, beta: float) -> Tensor:
+    """log Σ_j exp((1 + β)·s_ij) − log Σ_j exp(β·s_ij), −inf, with a gradient of 0, where all are −inf."""
+    lse, tilt = _logsumexp(logits * (1 + beta), -1), _logsumexp(logits * beta, -1)
+    return (lse - tilt).masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def _softplus(logits: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms, plain
 from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows
-from hdc_kernels.backends.triton import general, small
+from hdc_kernels.backends.triton import general, small, tilted
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "step"]
@@ -22,6 +22,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 def forward(problems: Problems) -> Terms:
     """The terms of every row."""
+    if problems.function == "tilted":
+        return tilted.forward(problems, forward)
     problems = _readable(problems)
     rows = empty_rows(problems)
     total, _ = _launch(problems, rows, None, None, None, None)
@@ -30,8 +32,14 @@ def forward(problems: Problems) -> Terms:
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """Gradients of Σ upstream · terms."""
+    return _backward(problems, lse, upstream, problems.x[0].dtype)
+
+
+def _backward(problems: Problems, lse: Tensor, upstream: Tensor, dtype: torch.dtype) -> Gradients:
+    if problems.function == "tilted":
+        return tilted.backward(problems, lse, upstream, _backward, dtype)
     problems = _readable(problems)
-    dx, dy = empty_gradients(problems.x), empty_gradients(problems.y)
+    dx, dy = (empty_gradients(tensors, dtype) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
     rows = empty_rows(problems)._replace(lse=lse)
     _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy, d_bias)
@@ -40,6 +48,13 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
     """Terms, and the gradients of their total, in float32."""
+    if problems.function == "tilted":
+        terms = forward(problems)
+        weights = [
+            terms.loss.new_full((x.shape[0] * x.shape[1],), weight)
+            for x, weight in zip(problems.x, problems.weights, strict=True)
+        ]
+        return terms, _backward(problems, terms.lse, torch.cat(weights), terms.loss.dtype)
     problems = _readable(problems)
     rows = empty_rows(problems)
     dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
