@@ -35,7 +35,9 @@ constexpr int padded_width(int64_t width) {
     return width <= 64 ? 64 : width <= 128 ? 128 : width <= 256 ? 256 : 512;
 }
 
-constexpr int64_t padded_rows(int64_t rows) { return (rows + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE; }
+__host__ __device__ constexpr int64_t padded_rows(int64_t rows) {
+    return (rows + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE;
+}
 
 struct Temperature {  // a number, or in device memory where that is not null: the host never reads it
     float value;
@@ -65,6 +67,18 @@ struct Pass {  // what the two passes have in common
     bool diagonal;  // whether the pair (i, i) counts; where it does not, it is left out of every sum
     bool same;      // with ids: whether pairs of equal ids count, rather than all others. See `counts`.
 };
+
+// --- Packing --------------------------------------------------------------------------------------------------------
+
+struct Packing {
+    HdcCudaProblem problem;  // its x and y are read
+    Temperature temperature;
+    bool normalize;
+    void *x_units, *y_units;  // [groups, padded_rows, padded_width], as in `Side`
+    float* positive;          // [groups, rows]: logits (i, i) in float32, or null
+};
+
+cudaError_t pack(const Packing& packing, Type type, cudaStream_t stream);
 
 // --- Forward ------------------------------------------------------------------------------------------------------
 
