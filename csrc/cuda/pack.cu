@@ -7,78 +7,22 @@
 // No product; reads 2·G·N·D elements and writes as many: at N = 65,536, D = 128 in bf16 67 MB, 20 µs at 3.35 TB/s,
 // 2 % of the product that follows. No GPU has run this yet.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "packed.h"
+#include "unit.cuh"
 
 namespace hdc::cuda {
 namespace {
 
-constexpr int WARPS = 8;
-constexpr float ZERO_NORM = 1e-12f;  // of hdc_kernels/reference.py: a vector no longer than this is the zero vector
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-template <bool TF32>
-__device__ void narrow(float x, float& to) {
-    if constexpr (TF32) {
-        uint32_t bits;
-        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-        x = __uint_as_float(bits);
-    }
-    to = x;
-}
-template <bool>
-__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-template <bool>
-__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
-    return x;
-}
-
-__device__ float warp_max(float x) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lanes));
-    return x;
-}
-
-// A row of `matrix` over its length, or 0 where it is a zero vector or past `count`; lane l has elements l + 32·e.
-template <typename Element, int EACH>
-__device__ void load_unit(
-    float (&unit)[EACH], const HdcCudaMatrix& matrix, int64_t group, int64_t row, int64_t count, int64_t width,
-    bool normalize
-) {
-    const int lane = threadIdx.x % 32;
-    const auto* from = static_cast<const Element*>(matrix.data) + group * matrix.group_stride + row * matrix.row_stride;
-    float largest = 0.0f;
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-        unit[e] = row < count && lane + 32 * e < width ? widen(from[lane + 32 * e]) : 0.0f;
-        largest = fmaxf(largest, fabsf(unit[e]));
-    }
-    if (!normalize) return;
-    // The squares of a vector beyond 1e19 overflow. A power of two shrinks it without rounding.
-    const float shrink = warp_max(largest) > 0x1p40f ? 0x1p-70f : 1.0f;
-    float squares = 0.0f;
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) squares += (unit[e] * shrink) * (unit[e] * shrink);
-    const float norm = sqrtf(warp_sum(squares));
-    const float inverse = norm <= ZERO_NORM ? 0.0f : shrink / norm;  // NaN stays NaN
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) unit[e] *= inverse;
+__device__ float round_to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
 }
 
 template <typename Element, bool TF32, int EACH>
 __device__ void store_packed(const float (&unit)[EACH], void* units, int64_t row) {
     auto* to = static_cast<Element*>(units) + row * (32 * EACH) + threadIdx.x % 32;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) narrow<TF32>(unit[e], to[32 * e]);
+    for (int e = 0; e < EACH; ++e) to[32 * e] = narrow<Element>(TF32 ? round_to_tf32(unit[e]) : unit[e]);
 }
 
 template <typename Element, bool TF32, int EACH>

@@ -160,6 +160,22 @@ constexpr float probability_gain(Type type) { return type == Type::fp16 ? 16384.
 __device__ inline bool counts(int64_t own_id, int64_t other_id, bool same) { return (own_id == other_id) == same; }
 #endif
 
+// --- Unpacking ------------------------------------------------------------------------------------------------------
+
+struct Unpacking {
+    HdcCudaProblem problem;  // x and y are read, dx and dy written
+    Temperature temperature;
+    bool normalize;
+    const float *x_gradient, *y_gradient;  // [splits, groups, padded_rows, padded_width] of each pass
+    int64_t x_splits, y_splits;
+    const float *weight, *column_weight;  // [groups, padded_rows(rows)]: of the positives, or null
+    float* d_temperature;  // [unpack_parts]: what adds up to the temperature's gradient
+};
+
+int64_t unpack_parts(const HdcCudaProblem& problem);
+// `type` is that of the embeddings; gradients are float32 where `wide`.
+cudaError_t unpack(const Unpacking& unpacking, Type type, bool wide, cudaStream_t stream);
+
 // --- Hopper: hopper_*.cu, compiled for sm_90a alone -----------------------------------------------------------------
 
 // Whether hopper_* take the pass, on a device of compute capability 9.0.
