@@ -192,16 +192,116 @@ def test_a_single_row_has_no_loss(kernel, dtype):
     assert not gradients.y[0].any()
 
 
+def test_hits_ties_zeros_and_nan(kernel):
+    problems = problems_of([(1, 30, 30, 24)], torch.bfloat16, tau=0.1)
+    x, y = problems.x[0], problems.y[0]
+    y[:, :20] = x[:, :20]  # these hit
+    y[0, 21] = x[0, 5]  # but row 5 ties
+    y[0, 25] = 0
+    x[0, 27] = 0
+    terms, gradients = run(kernel, problems)
+    expected_terms, _ = exact(problems)
+    assert torch.equal(terms.hits, expected_terms.hits)
+    assert terms.hits[:20].sum() == 19
+    assert not gradients.y[0][0, 25].any()
+    assert not gradients.x[0][0, 27].any()
+    x[0, 3, 2] = math.nan
+    terms, _ = run(kernel, problems)
+    assert terms.loss.isnan().nonzero().flatten().tolist() == [3]
+    assert not terms.hits[3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_once_converged(kernel, dtype):
+    problems = problems_of([(1, 48, 48, 32)], dtype, tau=0.07)
+    noisy = (problems.x[0].float() + 0.05 * problems.y[0].float()).to(dtype)
+    check(kernel, problems._replace(y=(noisy,)))
+
+
+def test_the_rule_of_what_fits(kernel):
+    """Both sides as unit vectors, the teams' sums and a few numbers a row, in one block's shared memory."""
+    whole = {
+        (torch.bfloat16, 128, 128): {80: True, 86: False, 89: False, 90: True},
+        (torch.bfloat16, 64, 128): {80: True, 86: True, 89: True, 90: True},
+        (torch.float32, 128, 128): {80: False, 86: False, 89: False, 90: True},
+        (torch.bfloat16, 256, 128): {80: False, 86: False, 89: False, 90: True},
+        (torch.float16, 256, 256): {80: False, 86: False, 89: False, 90: False},
+        (torch.float16, 257, 16): {80: False, 86: False, 89: False, 90: False},
+    }
+    for (dtype, rows, width), answers in whole.items():
+        problems = problems_of([(1, rows, rows, width)], dtype)
+        terms = Terms(torch.zeros(()), *empty_rows(problems))
+        call, packed = describe(FORWARD, problems, terms, None, None, None)
+        for capability, answer in answers.items():
+            assert bool(kernel.fits(call, packed, capability)) == answer, (dtype, rows, capability)
+
+
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90a"])
-def test_nothing_spills(arch, tmp_path):
+def test_nothing_spills_and_products_run_on_tensor_cores(arch, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
+    target = tmp_path / "small.o"
     code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     command = [nvcc, "-O3", "-std=c++17", code, "-Xptxas", "-v", "-c", str(CSRC / "small.cu")]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "small.o")], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=True)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
     assert len(stacks) == 9  # three types, three widths
     assert all(stack == ("0", "0") for stack in stacks), done.stderr
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True)
+    functions = code.stdout.split("Function : ")[1:]
+    assert len(functions) == 9
+    for function in functions:
+        assert not re.search(r"\b(?:LDL|STL)\b", function)
+        exact = "small_kernelIf" in function.splitlines()[0]  # of float
+        assert ("HMMA" in function) != exact
+
+
+def on_gpu(problems: Problems) -> Problems:
+    tau = problems.temperature
+    return problems._replace(
+        x=tuple(x.cuda() for x in problems.x),
+        y=tuple(y.cuda() for y in problems.y),
+        temperature=tau.cuda() if isinstance(tau, Tensor) else tau,
+    )
+
+
+@pytest.fixture
+def backend():
+    return pytest.importorskip("hdc_kernels.backends.cuda", exc_type=ImportError)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_device_agrees_with_emulation(kernel, backend, dtype):
+    """They differ by the order of sums inside a tensor core, the last bits of exponentials, and TF32 nowhere."""
+    problems = problems_of([(2, 40, 50, 40), (1, 40, 50, 64)], dtype, tau=0.1)
+    terms, gradients = backend.step(on_gpu(problems))
+    expected_terms, expected = run(kernel, problems)
+    bound = torch.finfo(dtype).eps + 2e-6
+    assert error(terms.loss.cpu(), expected_terms.loss.double()) < 4e-6
+    pairs = zip((*gradients.x, *gradients.y), (*expected.x, *expected.y), strict=True)
+    assert all(error(mine.cpu(), theirs.double()) < bound for mine, theirs in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_replays_the_same_bits_a_thousand_times(backend):
+    shapes = [(8, 128, 128, 128), (4, 128, 128, 128), (2, 128, 128, 128)] + [(1, 128, 128, 128)] * 3
+    problems = on_gpu(problems_of(shapes, torch.bfloat16, tau=torch.tensor(0.07)))
+    backend.step(problems)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms, gradients = backend.step(problems)
+    problems.x[0].copy_(torch.randn_like(problems.x[0]))
+    problems.temperature.fill_(0.1)
+    expected_terms, expected = backend.step(problems)
+    for _ in range(1000):
+        graph.replay()
+        assert all(map(torch.equal, terms[:4], expected_terms[:4]))
+        assert all(map(torch.equal, (*gradients.x, *gradients.y), (*expected.x, *expected.y)))
+        assert torch.equal(gradients.temperature, expected.temperature)
