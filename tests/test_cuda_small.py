@@ -1,0 +1,307 @@
+"""csrc/cuda/small.cu on emulated warps, against float64, and what its compiled code needs.
+
+The emulation (`cuda_emulation/`) compiles the kernel's own source with g++: every thread is a fiber, and mma.sync
+and ldmatrix follow the PTX manual's fragments. It shows neither speed nor the rounding inside a tensor core.
+"""
+
+import ctypes
+import math
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrast_problems import exact, problems_of, spread
+from torch import Tensor
+
+from hdc_kernels.backends import Gradients, Problems, Terms
+from hdc_kernels.backends.outputs import empty_gradients, empty_rows
+
+CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
+EMULATION = Path(__file__).with_name("cuda_emulation")
+FORWARD, BACKWARD, STEP = range(3)
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+CALL, PROBLEM = struct.Struct("9qd9P"), struct.Struct("Pqq" * 4 + "4qd2P")
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation")
+    target = tmp_path_factory.mktemp("small") / "small.so"
+    include = ["-I", str(EMULATION), "-I", str(CSRC)]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-D__CUDACC__", *include]
+    command = ["g++", *flags, str(EMULATION / "small.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(target))
+    library.workspace.restype = ctypes.c_int64
+    return library
+
+
+def describe(task, problems, terms, gradients, upstream, workspace) -> tuple[bytes, bytes]:
+    """The structs of contrast.h."""
+    packed = bytearray()
+    for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
+        matrices = [x, y, *((gradients.x[k], gradients.y[k]) if gradients else (None, None))]
+        for t in matrices:
+            packed += struct.pack(
+                "Pqq", *((t.data_ptr(), *t.stride()[:2]) if t is not None else (0, 0, 0))
+            )
+        packed += struct.pack("4qd2P", *x.shape[:2], *y.shape[1:], weight, 0, 0)
+    tau = problems.temperature
+    learned = isinstance(tau, Tensor)
+    call = CALL.pack(
+        task,
+        DTYPES[problems.x[0].dtype],
+        0,
+        problems.normalize,
+        problems.symmetric,
+        len(problems.x),
+        1,
+        0,
+        0,
+        0.0 if learned else tau,
+        tau.data_ptr() if learned else 0,
+        *(t.data_ptr() for t in (terms.total, terms.loss, terms.hits, terms.lse)),
+        upstream.data_ptr() if upstream is not None else 0,
+        gradients.temperature.data_ptr() if gradients else 0,
+        workspace.data_ptr() if workspace is not None else 0,
+        0,
+    )
+    return call, bytes(packed)
+
+
+def run(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Terms, Gradients]:
+    """STEP, or with `upstream` FORWARD and BACKWARD."""
+    terms = Terms(torch.full((), math.nan), *empty_rows(problems))
+    dtype = torch.float32 if upstream is None else None
+    gradients = Gradients(
+        empty_gradients(problems.x, dtype),
+        empty_gradients(problems.y, dtype),
+        torch.full((), math.nan),
+    )
+    for t in (*gradients.x, *gradients.y, terms.loss, terms.lse):
+        t.fill_(math.nan)
+    call, packed = describe(STEP, problems, terms, gradients, None, None)
+    workspace = torch.full((kernel.workspace(call, packed),), 255, dtype=torch.uint8)
+    if upstream is None:
+        call, packed = describe(STEP, problems, terms, gradients, None, workspace)
+        assert kernel.contrast(call, packed) == 0
+        return terms, gradients
+    call, packed = describe(FORWARD, problems, terms, None, None, workspace)
+    assert kernel.contrast(call, packed) == 0
+    call, packed = describe(BACKWARD, problems, terms, gradients, upstream, workspace)
+    assert kernel.contrast(call, packed) == 0
+    return terms, gradients
+
+
+def plain(problems: Problems, upstream: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Terms and gradients (x…, y…) as one writes them without this library, in the embeddings' dtype."""
+    sides = [[t.detach().clone().requires_grad_() for t in side] for side in problems[:2]]
+    losses = []
+    for x, y in zip(*sides, strict=True):
+        if problems.normalize:
+            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        logits = x @ y.mT / float(problems.temperature)
+        own = torch.arange(x.shape[1]).expand(x.shape[:2])
+        loss = F.cross_entropy(logits.mT, own, reduction="none")
+        if problems.symmetric:
+            loss = (loss + F.cross_entropy(logits, own, reduction="none")) / 2
+        losses.append(loss.flatten())
+    loss = torch.cat(losses)
+    factors = spread(problems) if upstream is None else upstream
+    return loss.detach(), list(
+        torch.autograd.grad(loss, [*sides[0], *sides[1]], factors.to(loss.dtype))
+    )
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def check(kernel, problems: Problems, upstream: Tensor | None = None) -> None:
+    """At most twice plain PyTorch's error, and a rounding of the result and of the logits."""
+    expected_terms, expected = exact(problems, upstream)
+    loss, slopes = plain(problems, upstream)
+    terms, gradients = run(kernel, problems, upstream)
+    unit = torch.finfo(problems.x[0].dtype).eps
+    slack = unit + 2.0**-25 / float(problems.temperature)
+    assert error(terms.loss, expected_terms.loss) <= 2 * error(loss, expected_terms.loss) + slack
+    assert error(terms.lse, expected_terms.lse) <= slack + unit
+    truths = [*expected.x, *expected.y]
+    for mine, theirs, truth in zip([*gradients.x, *gradients.y], slopes, truths, strict=True):
+        assert error(mine, truth) <= 2 * error(theirs, truth) + slack
+    assert error(gradients.temperature, expected.temperature) <= 20 * slack
+    if upstream is None:
+        assert float(terms.total) == pytest.approx(float(expected_terms.total), rel=10 * unit)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shapes", [[(2, 19, 23, 17), (1, 33, 40, 64)], [(1, 70, 90, 96)], [(1, 37, 37, 200)]]
+)
+def test_agrees_with_float64(kernel, shapes, dtype, symmetric):
+    shapes = [(G, M, M if symmetric else N, D) for G, M, N, D in shapes]
+    check(kernel, problems_of(shapes, dtype, tau=0.1, symmetric=symmetric))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_of_any_upstream(kernel, dtype, symmetric):
+    problems = problems_of([(2, 20, 20, 24), (1, 17, 17, 33)], dtype, tau=0.1, symmetric=symmetric)
+    check(kernel, problems, torch.linspace(-1, 2, 57))
+
+
+def test_one_problem_of_the_paper(kernel):
+    """128 × 128 × 128 and a learnt temperature, rows first in memory."""
+    problems = problems_of(
+        [(1, 128, 128, 128)],
+        torch.bfloat16,
+        tau=torch.tensor(0.07),
+        layout=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    check(kernel, problems)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_any_order_of_threads(kernel, dtype, monkeypatch):
+    """What races between barriers would depend on which thread runs first."""
+    problems = problems_of([(2, 40, 40, 40)], dtype, symmetric=True)
+    terms, gradients = run(kernel, problems)
+    monkeypatch.setenv("HDC_EMULATION_ORDER", "reverse")
+    again, gradients_again = run(kernel, problems)
+    assert all(map(torch.equal, terms[:4], again[:4]))
+    assert all(
+        map(torch.equal, (*gradients.x, *gradients.y), (*gradients_again.x, *gradients_again.y))
+    )
+    assert torch.equal(gradients.temperature, gradients_again.temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_row_has_no_loss(kernel, dtype):
+    terms, gradients = run(kernel, problems_of([(2, 1, 1, 5)], dtype, symmetric=True))
+    assert terms.loss.tolist() == [0, 0]
+    assert (terms.lse == -math.inf).all()
+    assert not gradients.x[0].any()
+    assert not gradients.y[0].any()
+
+
+def test_hits_ties_zeros_and_nan(kernel):
+    problems = problems_of([(1, 30, 30, 24)], torch.bfloat16, tau=0.1)
+    x, y = problems.x[0], problems.y[0]
+    y[:, :20] = x[:, :20]  # these hit
+    y[0, 21] = x[0, 5]  # but row 5 ties
+    y[0, 25] = 0
+    x[0, 27] = 0
+    terms, gradients = run(kernel, problems)
+    expected_terms, _ = exact(problems)
+    assert torch.equal(terms.hits, expected_terms.hits)
+    assert terms.hits[:20].sum() == 19
+    assert not gradients.y[0][0, 25].any()
+    assert not gradients.x[0][0, 27].any()
+    x[0, 3, 2] = math.nan
+    terms, _ = run(kernel, problems)
+    assert terms.loss.isnan().nonzero().flatten().tolist() == [3]
+    assert not terms.hits[3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_once_converged(kernel, dtype):
+    problems = problems_of([(1, 48, 48, 32)], dtype, tau=0.07)
+    noisy = (problems.x[0].float() + 0.05 * problems.y[0].float()).to(dtype)
+    check(kernel, problems._replace(y=(noisy,)))
+
+
+def test_the_rule_of_what_fits(kernel):
+    """Both sides as unit vectors, the teams' sums and a few numbers a row, in one block's shared memory."""
+    whole = {
+        (torch.bfloat16, 128, 128): {80: True, 86: False, 89: False, 90: True},
+        (torch.bfloat16, 64, 128): {80: True, 86: True, 89: True, 90: True},
+        (torch.float32, 128, 128): {80: False, 86: False, 89: False, 90: True},
+        (torch.bfloat16, 256, 128): {80: False, 86: False, 89: False, 90: True},
+        (torch.float16, 256, 256): {80: False, 86: False, 89: False, 90: False},
+        (torch.float16, 257, 16): {80: False, 86: False, 89: False, 90: False},
+    }
+    for (dtype, rows, width), answers in whole.items():
+        problems = problems_of([(1, rows, rows, width)], dtype)
+        terms = Terms(torch.zeros(()), *empty_rows(problems))
+        call, packed = describe(FORWARD, problems, terms, None, None, None)
+        for capability, answer in answers.items():
+            assert bool(kernel.fits(call, packed, capability)) == answer, (dtype, rows, capability)
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90a"])
+def test_nothing_spills_and_products_run_on_tensor_cores(arch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    target = tmp_path / "small.o"
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [nvcc, "-O3", "-std=c++17", code, "-Xptxas", "-v", "-c", str(CSRC / "small.cu")]
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=True)
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    assert len(stacks) == 9  # three types, three widths
+    assert all(stack == ("0", "0") for stack in stacks), done.stderr
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True)
+    functions = code.stdout.split("Function : ")[1:]
+    assert len(functions) == 9
+    for function in functions:
+        assert not re.search(r"\b(?:LDL|STL)\b", function)
+        exact = "small_kernelIf" in function.splitlines()[0]  # of float
+        assert ("HMMA" in function) != exact
+
+
+def on_gpu(problems: Problems) -> Problems:
+    tau = problems.temperature
+    return problems._replace(
+        x=tuple(x.cuda() for x in problems.x),
+        y=tuple(y.cuda() for y in problems.y),
+        temperature=tau.cuda() if isinstance(tau, Tensor) else tau,
+    )
+
+
+@pytest.fixture
+def backend():
+    return pytest.importorskip("hdc_kernels.backends.cuda", exc_type=ImportError)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_device_agrees_with_emulation(kernel, backend, dtype):
+    """They differ by the order of sums inside a tensor core, the last bits of exponentials, and TF32 nowhere."""
+    problems = problems_of([(2, 40, 50, 40), (1, 40, 50, 64)], dtype, tau=0.1)
+    terms, gradients = backend.step(on_gpu(problems))
+    expected_terms, expected = run(kernel, problems)
+    bound = torch.finfo(dtype).eps + 2e-6
+    assert error(terms.loss.cpu(), expected_terms.loss.double()) < 4e-6
+    pairs = zip((*gradients.x, *gradients.y), (*expected.x, *expected.y), strict=True)
+    assert all(error(mine.cpu(), theirs.double()) < bound for mine, theirs in pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_replays_the_same_bits_a_thousand_times(backend):
+    shapes = [(8, 128, 128, 128), (4, 128, 128, 128), (2, 128, 128, 128)] + [(1, 128, 128, 128)] * 3
+    problems = on_gpu(problems_of(shapes, torch.bfloat16, tau=torch.tensor(0.07)))
+    backend.step(problems)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms, gradients = backend.step(problems)
+    problems.x[0].copy_(torch.randn_like(problems.x[0]))
+    problems.temperature.fill_(0.1)
+    expected_terms, expected = backend.step(problems)
+    for _ in range(1000):
+        graph.replay()
+        assert all(map(torch.equal, terms[:4], expected_terms[:4]))
+        assert all(map(torch.equal, (*gradients.x, *gradients.y), (*expected.x, *expected.y)))
+        assert torch.equal(gradients.temperature, expected.temperature)
