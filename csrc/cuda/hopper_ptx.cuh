@@ -11,8 +11,6 @@
 //   `wgmma_wait<n>` waits for all but the last n groups of this warp. Until then its accumulators and its operand in
 //   registers must not be touched, nor the shared memory that it reads be overwritten.
 // - `setmaxnreg` moves registers between warpgroups.
-//
-// tests/cuda_emulation has the same functions for a CPU, under the same include guard.
 #ifndef HDC_HOPPER_PTX_CUH
 #define HDC_HOPPER_PTX_CUH
 
