@@ -1,6 +1,7 @@
 """The log of a run: what a resumed run keeps, and what a killed one leaves."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_numbers_reach_tensorboard(written: Path) -> None:
 
 def test_resume_drops_later_lines(written: Path) -> None:
     """Steps 3 and 4 were after the checkpoint: they run, and are logged, again."""
+    time.sleep(1)  # TensorBoard reads files in the order of their names, which hold the second
     journal = Journal(written, 3)
     assert steps(written) == [0, 1, 2]
     journal.write(3, loss=9.0)
