@@ -46,6 +46,12 @@ __device__ inline float power_of_two(float x) {  // 2^x, to 2 units in the last 
     return y;
 }
 
+__device__ inline float round_to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+}
+
 // Waits for the 32·warps threads that use the barrier `id`.
 __device__ inline void wait_for(int id, int warps) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(32 * warps) : "memory"); }
 

@@ -6,11 +6,13 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -23,7 +25,12 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0;
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+};
 
 struct dim3 {
     unsigned x, y = 1, z = 1;
@@ -123,6 +130,7 @@ struct Together {
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, int(emulated::threads.x)); }
 inline void __threadfence() {}
+inline unsigned atomicMax(unsigned* to, unsigned value) { return std::exchange(*to, std::max(*to, value)); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
 template <typename T>
 T __ldcg(const T* from) { return *from; }
@@ -130,6 +138,11 @@ inline float __int_as_float(int bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) { return emulated::Together<T>(value).of[source]; }
@@ -147,10 +160,16 @@ T __shfl_down_sync(unsigned, T value, int distance) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-    *value = 132;
+// One device, an 8.0 with 132 processors.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device != 0) return 101;  // cudaErrorInvalidDevice
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? 132
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+                                                              : 0;
     return 0;
 }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? 0 : 101; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == 101 ? "invalid device ordinal" : "no error"; }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     std::memset(to, value, bytes);
     return 0;

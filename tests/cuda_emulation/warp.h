@@ -37,6 +37,13 @@ template <>
 inline __half narrow<__half>(float x) { return {_Float16(x)}; }
 
 inline float power_of_two(float x) { return std::exp2(x); }
+inline float round_to_tf32(float x) {  // to nearest, ties away from 0
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x1000) & 0xffffe000;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
 inline void wait_for(int id, int warps) { emulated::wait(emulated::block.named[id], 32 * warps); }
 inline unsigned char* dynamic_memory() {
     return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(emulated::dynamic.data()) + 15) / 16 * 16);
