@@ -112,7 +112,8 @@ Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t
     const auto type = static_cast<Type>(call.dtype);
     const int bytes = type == Type::fp32 || type == Type::tf32 ? 4 : 2;
     const int width = padded_width(problem.width);
-    const int64_t groups = problem.groups, x_padded = padded_rows(problem.rows), y_padded = padded_rows(problem.columns);
+    const int64_t groups = problem.groups;
+    const int64_t x_padded = padded_rows(problem.rows), y_padded = padded_rows(problem.columns);
     const bool positives = call.function == HDC_CUDA_INFO_NCE;
     const Temperature temperature = {static_cast<float>(call.temperature), call.device_temperature};
     Launches all = {};
@@ -260,7 +261,9 @@ Sums take_sums(const HdcCudaCall& call, const HdcCudaProblem* problems, Pieces& 
     }
     Sums sums = {};
     if (call.task != HDC_CUDA_BACKWARD) sums.of[0] = {pieces.take<float>(terms), terms, call.total};
-    if (call.task != HDC_CUDA_FORWARD) sums.of[1] = {pieces.take<float>(temperatures), temperatures, call.d_temperature};
+    if (call.task != HDC_CUDA_FORWARD) {
+        sums.of[1] = {pieces.take<float>(temperatures), temperatures, call.d_temperature};
+    }
     return sums;
 }
 
@@ -318,7 +321,7 @@ int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
 const char* hdc_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 int hdc_cuda_runs_on(int capability) {
-    // Machine code runs on its own and later minor versions; PTX, of which the build names the oldest, on all later ones.
+    // Machine code runs on its own and later minor versions; PTX, of which the build names the oldest, on all later.
     for (const int compiled : {__CUDA_ARCH_LIST__}) {  // nvcc's: 860 is 8.6
         if (compiled / 100 == capability / 10 && compiled / 10 <= capability) return 1;
     }

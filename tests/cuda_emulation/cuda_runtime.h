@@ -169,7 +169,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return 0;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? 0 : 101; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == 101 ? "invalid device ordinal" : "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == 101 ? "invalid device ordinal" : "no error";
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     std::memset(to, value, bytes);
     return 0;

@@ -1,4 +1,4 @@
-// The two passes of packed.h as plain loops, and a stand-in for the one launch: what contrast.cu calls, on one CPU core.
+// The two passes of packed.h as plain loops, and a stand-in for the one launch: what contrast.cu calls.
 //
 // Sums are float64. Splits, parts and padding are as an unfriendly kernel would have them: several of each, and NaN
 // wherever nothing need be written.
@@ -57,7 +57,9 @@ cudaError_t portable_logsumexp(const LogsumexpPass& pass, cudaStream_t) {
                 float highest = -INFINITY;
                 for (int64_t j = first; j < last; ++j) {
                     cosines.push_back(cosine_of(pass, group, i, j));
-                    if (i == j && pass.diagonal_cosine) pass.diagonal_cosine[group * pass.own.padded + i] = cosines.back();
+                    if (i == j && pass.diagonal_cosine) {
+                        pass.diagonal_cosine[group * pass.own.padded + i] = cosines.back();
+                    }
                     if (in_sum(pass, group, i, j)) highest = std::fmax(highest, float(cosines.back()));
                 }
                 double total = 0.0;
@@ -92,7 +94,9 @@ cudaError_t portable_gradient(const GradientPass& pass, cudaStream_t) {
         for (int64_t i = 0; i < pass.own.count; ++i) {
             for (int64_t split = 0; split < pass.splits; ++split) {
                 std::vector<double> gradient(pass.width);
-                for (int64_t j = split * pass.other.count / pass.splits; j < (split + 1) * pass.other.count / pass.splits; ++j) {
+                const int64_t first = split * pass.other.count / pass.splits;
+                const int64_t last = (split + 1) * pass.other.count / pass.splits;
+                for (int64_t j = first; j < last; ++j) {
                     if (!in_sum(pass, group, i, j)) continue;
                     const double exponent = cosine_of(pass, group, i, j) * k;
                     double coefficient = 0.0;
@@ -100,7 +104,9 @@ cudaError_t portable_gradient(const GradientPass& pass, cudaStream_t) {
                                                       std::pair(pass.other_term, group * pass.other.padded + j)}) {
                         if (term.share) coefficient += term.share[place] * std::exp2(exponent - term.shift[place]);
                     }
-                    for (int d = 0; d < pass.width; ++d) gradient[d] += coefficient * element(pass, pass.other, group, j, d);
+                    for (int d = 0; d < pass.width; ++d) {
+                        gradient[d] += coefficient * element(pass, pass.other, group, j, d);
+                    }
                 }
                 const int64_t row = split * rows + group * pass.own.padded + i;
                 for (int d = 0; d < pass.width; ++d) pass.gradient[row * pass.width + d] = float(gradient[d]);
