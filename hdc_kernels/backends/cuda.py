@@ -130,8 +130,7 @@ def _dtype(dtype: torch.dtype) -> int:
 def _on(device: torch.device) -> Iterator[tuple[int, int]]:
     """The device's index and current stream, while it is the current device."""
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device)
-        yield stream.device_index, stream.cuda_stream
+        yield device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
