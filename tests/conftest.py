@@ -1,11 +1,13 @@
-"""Real video files whose frames carry their number, and manifests of them."""
+"""Real video files whose frames carry their number, manifests of them, and compiled CUDA kernels."""
 
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
+import cuda_objects
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,16 @@ def list_videos(folder: Path, rows: Sequence[tuple[str, int, int, str, str]]) ->
         np.array(frames),
         {"label": np.array(label), "split1": np.array(part)},
     )
+
+
+@pytest.fixture(scope="session")
+def compile_kernels(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path, str], cuda_objects.Compiled]:
+    """`cuda_objects.compile_kernels` in a folder that all processes of this test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return partial(cuda_objects.compile_kernels, folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ shows neither speed nor the last bits of exponentials.
 
 import ctypes
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,12 +16,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_objects import CSRC
 from embeddings import randn
 from torch import Tensor
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
 EMULATION = Path(__file__).with_name("cuda_emulation")
-SOURCES = ("portable_logsumexp.cu", "portable_gradient.cu")
+KERNELS = {"portable_logsumexp.cu": 8, "portable_gradient.cu": 16}  # by type, and columns or width
 TYPES = {"fp32": 0, "tf32": 1, "bf16": 2, "fp16": 3}
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GAIN = {"fp16": 2.0**14}
@@ -45,7 +46,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("portable") / "portable.so"
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-D__CUDACC__"]
     include = ["-I", EMULATION, "-I", CSRC, "-include", EMULATION / "warp.h"]
-    sources = [EMULATION / "portable.cpp", "-x", "c++", *(CSRC / name for name in SOURCES)]
+    sources = [EMULATION / "portable.cpp", "-x", "c++", *(CSRC / name for name in KERNELS)]
     subprocess.run(["g++", *flags, *include, *sources, "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
@@ -415,3 +416,15 @@ def test_gradients_have_the_same_bits_in_any_order(kernel, kind, width, monkeypa
     for name, value in (("ORDER", "reverse"), ("COPIES", "early")):
         monkeypatch.setenv(f"HDC_EMULATION_{name}", value)
         assert torch.equal(gradient(kernel, some, parts), first)
+
+
+@pytest.mark.parametrize("source", KERNELS)
+def test_every_kernel_multiplies_on_tensor_cores_and_copies_beside(compile_kernels, source):
+    compiled = compile_kernels(CSRC / source, "80")
+    assert len(compiled.kernels) == KERNELS[source]
+    for kernel in compiled.kernels:
+        kind = int(re.search(r"TypeE(\d)E", kernel.name)[1])
+        depth = "16816" if kind in (TYPES["bf16"], TYPES["fp16"]) else "1688"
+        assert set(re.findall(r"HMMA\.(\d+)", kernel.instructions)) == {depth}
+        assert "LDGSTS" in kernel.instructions
+        assert "MUFU.EX2" in kernel.instructions

@@ -6,7 +6,6 @@ and ldmatrix follow the PTX manual's fragments. It shows neither speed nor the r
 
 import ctypes
 import math
-import re
 import shutil
 import struct
 import subprocess
@@ -16,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contrast_problems import exact, problems_of, spread
+from cuda_objects import CSRC, assert_nothing_spills
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms
 from hdc_kernels.backends.outputs import empty_gradients, empty_rows
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
 EMULATION = Path(__file__).with_name("cuda_emulation")
 FORWARD, BACKWARD, STEP = range(3)
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -236,27 +235,14 @@ def test_the_rule_of_what_fits(kernel):
             assert bool(kernel.fits(call, packed, capability)) == answer, (dtype, rows, capability)
 
 
-@pytest.mark.parametrize("arch", ["86", "89"])
-def test_nothing_spills_and_products_run_on_tensor_cores(arch, tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    target = tmp_path / "small.o"
-    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [nvcc, "-O3", "-std=c++17", code, "-Xptxas", "-v", "-c", str(CSRC / "small.cu")]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=True)
-    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    assert len(stacks) == 9  # three types, three widths
-    assert all(stack == ("0", "0") for stack in stacks), done.stderr
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    code = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True)
-    functions = code.stdout.split("Function : ")[1:]
-    assert len(functions) == 9
-    for function in functions:
-        assert not re.search(r"\b(?:LDL|STL)\b", function)
-        exact = "small_kernelIf" in function.splitlines()[0]  # of float
-        assert ("HMMA" in function) != exact
+@pytest.mark.parametrize("target", ["80", "86", "89", "90a"])
+def test_nothing_spills_and_products_run_on_tensor_cores(compile_kernels, target):
+    compiled = compile_kernels(CSRC / "small.cu", target)
+    assert_nothing_spills(compiled)
+    assert len(compiled.kernels) == 9  # three types, three widths
+    for kernel in compiled.kernels:
+        exact = "small_kernelIf" in kernel.name  # of float
+        assert ("HMMA" in kernel.instructions) != exact
 
 
 def on_gpu(problems: Problems) -> Problems:
