@@ -8,6 +8,7 @@ says what), 3 another process of a run under torchrun died or hangs, 130 interru
 import argparse
 import dataclasses
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,15 +25,16 @@ from hdc.config import (
     ProbeConfig,
     RecognizeConfig,
     RetrieveConfig,
+    RunConfig,
     TestConfig,
 )
-from hdc.data.manifest import Manifest, read_manifest
-from hdc.data.prepare import BAD_FILES, DATASETS, LOG, MISSING, PrepareConfig, check, prepare
-from hdc.data.ucf101 import index_ucf101
+from hdc.data.dataset import open_data
+from hdc.data.prepare import BAD_FILES, DATASETS, MISSING, PrepareConfig, check, prepare
 from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
 from hdc.export import export
 from hdc.finetune import finetune
+from hdc.paper import preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
@@ -48,19 +50,19 @@ START = "hdc-train demo"
 
 def run_pretrain(config: PretrainConfig) -> None:
     """Learn a video representation without labels (HD-NCE)."""
-    run = pretrain(config, open_data(config))
+    run = pretrain(config, open_data(config.data))
     _show_run(run, f"hdc-train retrieve --data {config.data} --backbone {config.backbone}")
 
 
 def run_finetune(config: FinetuneConfig) -> None:
     """Train a classifier from pretrained weights, or from scratch."""
-    run = finetune(config, open_data(config))
+    run = finetune(config, open_data(config.data))
     _show_run(run, f"hdc-train test --data {config.data} --backbone {config.backbone}")
 
 
 def run_test(config: TestConfig) -> None:
     """Recognise actions with a finetuned model (5 crops × clips)."""
-    result = test(config, open_data(config))
+    result = test(config, open_data(config.data))
     table = Table("accuracy", "top-1 %", "of")
     table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
     table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
@@ -70,7 +72,7 @@ def run_test(config: TestConfig) -> None:
 
 def run_recognize(config: RecognizeConfig) -> None:
     """Finetune and test on every split, and average."""
-    result = recognize(config, open_data(config))
+    result = recognize(config, open_data(config.data))
     table = Table("split", "video top-1 %", "clip top-1 %", "videos", "clips")
     for split, found in result.splits.items():
         shares = (f"{100 * found.video_accuracy:.1f}", f"{100 * found.clip_accuracy:.1f}")
@@ -84,7 +86,7 @@ def run_recognize(config: RecognizeConfig) -> None:
 
 def run_probe(config: ProbeConfig) -> None:
     """Classify by frozen features: linear probe and kNN."""
-    linear, vote = probe(config, open_data(config))
+    linear, vote = probe(config, open_data(config.data))
     table = Table("on frozen features", "top-1 %")
     table.add_row("linear classifier", f"{100 * linear.test_accuracy:.1f}")
     table.add_row(
@@ -99,7 +101,7 @@ def run_probe(config: ProbeConfig) -> None:
 
 def run_retrieve(config: RetrieveConfig) -> None:
     """Find each test video's nearest training videos."""
-    result = retrieve(config, open_data(config))
+    result = retrieve(config, open_data(config.data))
     table = Table("retrieval", *(f"top-{k}" for k in result.accuracy))
     table.add_row("hits %", *(f"{100 * value:.1f}" for value in result.accuracy.values()))
     console.print(table)
@@ -253,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     except KeyboardInterrupt:
         print(
-            "hdc-train: interrupted; a training run goes on with --resume, prepare by itself",
+            "hdc-train: interrupted; a training run goes on with --resume, prepare without",
             file=sys.stderr,
         )
         return 130
@@ -268,11 +270,11 @@ def _carry_out(arguments: list[str]) -> int:
         raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     config, places = parse(name, command, options)
-    if distributed.world() > 1 and not isinstance(config, CommandConfig):
+    if distributed.world() > 1 and not isinstance(config, RunConfig):
         raise InputError(f"{name} is for one process; start it without torchrun")
+    if isinstance(config, RunConfig | DemoConfig) and not config.out:
+        raise InputError("out is empty; it must name a folder")
     if isinstance(config, CommandConfig | DemoConfig):
-        if not config.out:
-            raise InputError("out is empty; it must name a folder")
         distributed.on_rank0(lambda: atomic.check_folder(Path(config.out)))
     return command.run(config, *places) or 0
 
@@ -293,16 +295,21 @@ def overview() -> str:
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Wide columns, the epilog as it is written, and no type where the choices say it already."""
+    """Wide columns where there is room, the epilog as it is written, and no type where the choices say it."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
+        width = min(100, shutil.get_terminal_size((100, 0)).columns)
+        super().__init__(prog, max_help_position=34, width=width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text
 
     def _expand_help(self, action: argparse.Action) -> str:
-        return re.sub(r"type: Literal\[.*\], ", "", super()._expand_help(action))
+        text = super()._expand_help(action)
+        text = re.sub(r"\brequired, (?=.*default: )", "", text)  # of a group that has a default
+        text = re.sub(r"type: Literal\[.*\], ", "", text)
+        text = re.sub(r"Optional\[Literal\[(.*)\]\]", r"one of \1, or null", text)
+        return re.sub(r"Optional\[tuple\[(\w+), \.\.\.\]\]", r"[\1, ...] | null", text)
 
 
 def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[str]]:
@@ -359,9 +366,10 @@ def _preset_table() -> str:
     lines = [
         "Presets (top-1 accuracy % that the paper reports after finetuning on UCF101 split 1):"
     ]
+    figures = preset_figures()
     for name, preset in PRESETS.items():
-        paper = f"{preset.paper:.1f}" if preset.paper else "–"
-        lines.append(f"  {name:<32}{paper:>4}  {preset.summary}")
+        figure = f"{figures[name]:.1f}" if name in figures else "–"
+        lines.append(f"  {name:<32}{figure:>4}  {preset.summary}")
     return "\n".join(lines)
 
 
@@ -386,25 +394,6 @@ def one_line(error: Exception) -> str:
     text = re.sub(r"<class '(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     return re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", text)
-
-
-def open_data(config: CommandConfig) -> Manifest:
-    """The manifest named by `config.data`; a folder in UCF101's layout is indexed once, into manifest.csv."""
-    return distributed.on_rank0(lambda: _open_data(config))
-
-
-def _open_data(config: CommandConfig) -> Manifest:
-    path = Path(config.data)
-    if not path.is_dir():
-        return read_manifest(path)
-    if (path / "manifest.csv").exists():
-        return read_manifest(path / "manifest.csv")
-    if (path / LOG).exists():
-        raise InputError(f"{path} is prepared only in part; run hdc-train prepare again")
-    with ProgressBar("counting frames", 1) as bar:
-        manifest = index_ucf101(path, bar.set)
-    manifest.write()
-    return manifest
 
 
 def _show_run(run: TrainedRun, next_command: str) -> None:

@@ -131,7 +131,7 @@ def test_finished_run_is_left_alone(videos: Path, tmp_path: Path) -> None:
 def test_resuming_with_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path), manifest)
-    with pytest.raises(InputError, match="made with another seed, batch_size; repeat its settings"):
+    with pytest.raises(InputError, match="made with different seed, batch_size; repeat what"):
         pretrain(settings(videos, tmp_path, batch_size=4, seed=1, resume=True), manifest)
 
 

@@ -23,6 +23,7 @@ from hdc.atomic import write_text
 from hdc.errors import InputError
 
 Part = Literal["train", "test"]
+MANIFEST = "manifest.csv"
 OF_THE_FILE = ("fps", "width", "height", "sha256")
 
 
@@ -121,6 +122,12 @@ class Manifest:
     def write(self) -> None:
         """Write it to `source`, whole or not at all."""
         write_text(self.source, self.text())
+
+
+def manifest_file(data: str) -> Path:
+    """The manifest that `data` names, itself or by its folder."""
+    path = Path(data)
+    return path / MANIFEST if path.is_dir() else path
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

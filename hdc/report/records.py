@@ -1,6 +1,5 @@
 """What run folders hold: the files that the commands write, read and checked."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +112,6 @@ def read_record(folder: Path) -> Record:
     )
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values under dotted names, in their order."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A run's configuration; empty where there is none."""
     try:
@@ -131,12 +121,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path} was not written by hdc-train")
     return config
-
-
-def manifest_file(data: str) -> Path:
-    """The manifest that `data` names, itself or by its folder."""
-    path = Path(data)
-    return path / "manifest.csv" if path.is_dir() else path
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hdc.config import flat
 from hdc.report.html import Html, element, number, percent, table
-from hdc.report.records import Record, flat
+from hdc.report.records import Record
 
 RANDOM = "random weights"
 
