@@ -34,13 +34,14 @@ from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
 from hdc.export import export
 from hdc.finetune import finetune
-from hdc.paper import preset_figures
+from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
 from hdc.progress import ProgressBar, console
 from hdc.recognition import test
 from hdc.report import ReportConfig, report
+from hdc.reproduce import ReproduceConfig, reproduce
 from hdc.retrieval import retrieve
 from hdc.splits import recognize
 from hdc.training import TrainedRun
@@ -106,6 +107,14 @@ def run_retrieve(config: RetrieveConfig) -> None:
     table.add_row("hits %", *(f"{100 * value:.1f}" for value in result.accuracy.values()))
     console.print(table)
     _show_written(config.out, results.RETRIEVAL)
+
+
+def run_reproduce(config: ReproduceConfig, table: str) -> None:
+    """Run the rows of one of the paper's tables, beside its figures."""
+    reproduce(config, table)
+    if not config.dry_run:
+        _show_written(config.out, f"{table}.json")
+        console.print(f"next: hdc-train report {config.out}", highlight=False, soft_wrap=True)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -213,6 +222,12 @@ COMMANDS = {
         run_retrieve,
         "hdc-train retrieve --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
+    "reproduce": Command(
+        ReproduceConfig,
+        run_reproduce,
+        "hdc-train reproduce table1 --kinetics400 data/kinetics400 --ucf101 data/ucf101",
+        (Place("TABLE", "which of the paper's results", tuple(TABLES)),),
+    ),
     "prepare": Command(
         PrepareConfig,
         run_prepare,
@@ -255,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     except KeyboardInterrupt:
         print(
-            "hdc-train: interrupted; a training run goes on with --resume, prepare without",
+            "hdc-train: interrupted; a training run goes on with --resume, prepare and reproduce without",
             file=sys.stderr,
         )
         return 130
