@@ -324,7 +324,9 @@ class _HelpFormatter(DefaultHelpFormatter):
         text = re.sub(r"\brequired, (?=.*default: )", "", text)  # of a group that has a default
         text = re.sub(r"type: Literal\[.*\], ", "", text)
         text = re.sub(r"Optional\[Literal\[(.*)\]\]", r"one of \1, or null", text)
-        return re.sub(r"Optional\[tuple\[(\w+), \.\.\.\]\]", r"[\1, ...] | null", text)
+        text = re.sub(r"default: \(([^()]*?),?\)", r"default: [\1]", text)  # as it is typed
+        text = re.sub(r"Optional\[tuple\[(\w+), \.\.\.\]\]", r"[\1, ...] | null", text)
+        return re.sub(r"tuple\[(\w+), \.\.\.\]", r"[\1, ...]", text)
 
 
 def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[str]]:

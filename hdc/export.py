@@ -84,7 +84,9 @@ def _card(
         values = [f"{name} {value:.4g}" for name, value in last.items() if isinstance(value, float)]
         yield f"- training, step {last['step']:,}: {', '.join(values)}"
     for name, found in evaluations:
-        where = f"`{_dataset(found['data'])}`, label {found['label']}"
+        where = f"`{_dataset(found['data'])}`"
+        if found["label"] != "label":
+            where += f", {found['label']}"
         if "split" in found:
             where += f", split {found['split']}"
         yield f"- {where}: {_WORDS[name](found)}"
@@ -109,7 +111,9 @@ def _recognized_by_split(found: Mapping[str, Any]) -> str:
 
 
 def _retrieved(found: Mapping[str, Any]) -> str:
-    shares = [f"{k} {_percent(share)}" for k, share in found["accuracy"].items()]
+    shares = [
+        f"{k.replace('top', 'top-')} {_percent(share)}" for k, share in found["accuracy"].items()
+    ]
     return f"retrieval, {', '.join(shares)}"
 
 

@@ -71,16 +71,14 @@ TABLES = {
         {
             "sc5": _ablation("SC 5", "table1-sc5", 61.3),
             "tc5": _ablation("TC 5", "table1-tc5", 62.7),
-            "sc5-tc5": _ablation("SC 5, TC 5", "table1-sc5-tc5", 65.5),
-            "sc45-tc45": _ablation("SC 4 5, TC 4 5, weights 1 1", "table1-sc45-tc45", 66.9),
+            "sc5-tc5": _ablation("SC, TC 5", "table1-sc5-tc5", 65.5),
+            "sc45-tc45": _ablation("SC, TC 4 5; α, β = 1 1", "table1-sc45-tc45", 66.9),
             "sc45-tc45-weighted": _ablation(
-                "SC 4 5, TC 4 5, weights 0.5 1", "table1-sc45-tc45-weighted", 67.8
+                "SC, TC 4 5; α, β = 0.5 1", "table1-sc45-tc45-weighted", 67.8
             ),
-            "sc345-tc345": _ablation(
-                "SC 3 4 5, TC 3 4 5, weights 1 1 1", "table1-sc345-tc345", 66.8
-            ),
+            "sc345-tc345": _ablation("SC, TC 3 4 5; α, β = 1 1 1", "table1-sc345-tc345", 66.8),
             "scratch": _ablation("training from scratch", None, None),
-            "hdc": _ablation("SC 3 4 5, TC 3 4 5, weights 0.25 0.5 1 (HDC)", HDC, 69.0),
+            "hdc": _ablation("SC, TC 3 4 5; α, β = 0.25 0.5 1 (HDC)", HDC, 69.0),
         },
     ),
     "table2": Table(

@@ -379,10 +379,9 @@ def _write(
 
 def _show(name: str, cells: Sequence[Cell], found: dict[tuple[str, str], Figures]) -> None:
     several = TABLES[name].command == "retrieve"
-    title = f"{name}: {TABLES[name].summary}; top-{'k' if several else '1'} accuracy in %"
-    console.print(title, highlight=False)
+    console.print(f"{name}: {TABLES[name].summary}", highlight=False)
     shown = Shown("row", "dataset")
-    for header in (*(["k"] if several else []), "paper", "here", "gap"):
+    for header in (*(["top-k"] if several else []), "paper %", "here %", "gap"):
         shown.add_column(header, justify="right", no_wrap=True)
     for cell, k, paper, here in _lines(cells, found):
         gap = _gap(paper, here)

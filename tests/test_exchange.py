@@ -288,14 +288,14 @@ def test_card(run: Path, tmp_path: Path) -> None:
         json.loads((run / name).read_text())
         for name in ("probe.json", "knn.json", "../recognize/split1/test.json")
     )
-    where = "- `toys`, label label, split 1: "
+    where = "- `toys`, split 1: "
     assert f"{where}linear probe, {100 * probe['test_accuracy']:.1f} %\n" in card
     weighted, majority = (f"{100 * votes[name]:.1f} %" for name in ("weighted", "majority"))
     vote = f"{where}vote of the 10 nearest, {weighted} (weighted by similarity), {majority} (majority)\n"
     assert vote in card
     videos, clips = (f"{100 * tested[f'{of}_accuracy']:.1f} %" for of in ("video", "clip"))
     shares = f"{videos} of videos, {clips} of clips"
-    assert f"- `toys`, label label: finetuned, split 1: {shares}; mean: {shares}\n" in card
+    assert f"- `toys`: finetuned, split 1: {shares}; mean: {shares}\n" in card
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"loss {last['loss']:.4g}" in card
     assert "temperature: 0.07" in card
