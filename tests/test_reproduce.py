@@ -305,6 +305,16 @@ def test_rows_without_their_data_are_skipped(
     assert re.search(r"│ 38\.1 │ – │ – │", shown)
 
 
+def test_report_shows_the_tables(done: Path, data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(done), f"--out={page}"]) == 0
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", page.read_text())
+    shown = [re.sub(r"(<[^>]*>)+", "|", row) for row in rows]
+    for line in result(done, "table4"):
+        figures = (f"{line['k']}", *(f"{line[name]:.1f}" for name in ("paper", "here", "gap")))
+        assert "|".join([line["title"], "UCF101", *figures, ""]) in shown
+
+
 def test_torchrun(done: Path, data: Path, tmp_path: Path) -> None:
     """Two processes: the same features, so the same retrieval, from random weights; one table, one file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
