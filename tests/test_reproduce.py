@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,23 @@ def test_interrupted_again_and_again(
             for out in (tmp_path, done)
         )
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_kill_9(done: Path, data: Path, tmp_path: Path) -> None:
+    """Once a first checkpoint is there; what is left then comes to the same figures."""
+    options = ["--rows=[c3d-hdc]", f"--out={tmp_path}", *sources(data, "kinetics400", "ucf101")]
+    command = [sys.executable, "-m", "hdc.cli", "reproduce", "table4", *options, *TOY]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while run.poll() is None and not list(tmp_path.glob("*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert not (tmp_path / "table4.json").exists()
+    assert main(["reproduce", "table4", *options, *TOY]) == 0
+    ours, theirs = result(tmp_path, "table4"), result(done, "table4")[5:]
+    assert [line["here"] for line in ours] == [line["here"] for line in theirs]
 
 
 @pytest.mark.parametrize(
