@@ -8,13 +8,12 @@ says what), 3 another process of a run under torchrun died or hangs, 130 interru
 import argparse
 import dataclasses
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from rich.table import Table
 
 from hdc import atomic, distributed, results
@@ -34,6 +33,7 @@ from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
 from hdc.export import export
 from hdc.finetune import finetune
+from hdc.help import HelpFormatter
 from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
@@ -309,26 +309,6 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-class _HelpFormatter(DefaultHelpFormatter):
-    """Wide columns where there is room, the epilog as it is written, and no type where the choices say it."""
-
-    def __init__(self, prog: str) -> None:
-        width = min(100, shutil.get_terminal_size((100, 0)).columns)
-        super().__init__(prog, max_help_position=34, width=width)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        text = super()._expand_help(action)
-        text = re.sub(r"\brequired, (?=.*default: )", "", text)  # of a group that has a default
-        text = re.sub(r"type: Literal\[.*\], ", "", text)
-        text = re.sub(r"Optional\[Literal\[(.*)\]\]", r"one of \1, or null", text)
-        text = re.sub(r"default: \(([^()]*?),?\)", r"default: [\1]", text)  # as it is typed
-        text = re.sub(r"Optional\[tuple\[(\w+), \.\.\.\]\]", r"[\1, ...] | null", text)
-        return re.sub(r"tuple\[(\w+), \.\.\.\]", r"[\1, ...]", text)
-
-
 def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[str]]:
     """The command's configuration out of defaults, preset, YAML file and options, in that order; its places.
 
@@ -344,7 +324,7 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of options (a run writes its own)"
