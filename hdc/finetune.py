@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
         return loss * share.weight, {"accuracy": share.weigh(accuracy)}
 
     return training.train(
-        "finetune", config, model, dataset, step_loss, _extra(config, names), _status
+        "finetune", config, model, dataset, step_loss, _extra(config, videos, names), _status
     )
 
 
@@ -75,13 +75,17 @@ def finished(config: FinetuneConfig, manifest: Manifest) -> bool:
         InputError: as `hdc.training.finished`.
     """
     names = manifest.labels(config.label).names
-    videos = len(manifest.rows("train", config.split))
-    return training.finished("finetune", config, videos, _extra(config, names))
+    videos = manifest.rows("train", config.split)
+    return training.finished("finetune", config, len(videos), _extra(config, videos, names))
 
 
-def _extra(config: FinetuneConfig, names: Sequence[str]) -> dict[str, Any]:
-    """What the checkpoint holds besides the weights: the classes, and which weights it began with."""
-    return {"classes": list(names), "pretrained_weights": checkpoint.digest(config.checkpoint)}
+def _extra(config: FinetuneConfig, videos: Manifest, names: Sequence[str]) -> dict[str, Any]:
+    """What the checkpoint holds beside the model: its classes, and what it comes from."""
+    return {
+        "classes": list(names),
+        "videos": videos.digest(config.label),
+        "pretrained_weights": checkpoint.digest(config.checkpoint),
+    }
 
 
 def _status(values: Mapping[str, float]) -> str:

@@ -67,7 +67,9 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
                 values[f"{task}{k}_accuracy"] = share.weigh(accuracy)
         return loss, values
 
-    return training.train("pretrain", config, model, dataset, step_loss, {}, _status)
+    return training.train(
+        "pretrain", config, model, dataset, step_loss, {"videos": videos.digest()}, _status
+    )
 
 
 def finished(config: PretrainConfig, manifest: Manifest) -> bool:
@@ -76,7 +78,8 @@ def finished(config: PretrainConfig, manifest: Manifest) -> bool:
     Raises:
         InputError: as `hdc.training.finished`.
     """
-    return training.finished("pretrain", config, len(manifest.rows("train", config.split)), {})
+    videos = manifest.rows("train", config.split)
+    return training.finished("pretrain", config, len(videos), {"videos": videos.digest()})
 
 
 def make_views(

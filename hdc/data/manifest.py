@@ -11,7 +11,9 @@ Columns:
 """
 
 import csv
+import hashlib
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +115,12 @@ class Manifest:
                 f"{self.source}: {len(short)} shorter than a clip of {clip_frames} frames: "
                 f"{_some(given)}; take them out, or set --clips.short_videos loop"
             )
+
+    def digest(self, *columns: str) -> str:
+        """SHA-256 of which frames of which files the rows are, in their order, and of the given columns."""
+        named = [self.path, self.start, self.frames, *(self.columns[name] for name in columns)]
+        rows = zip(*(values.tolist() for values in named), strict=True)
+        return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
     def text(self) -> str:
         """What `write` writes."""
