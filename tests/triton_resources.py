@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from hdc_kernels import augment_triton
 from hdc_kernels.backends import Function, Mask, Problems, outputs
-from hdc_kernels.backends.triton import general, small
+from hdc_kernels.backends.triton import general, small, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -128,11 +128,12 @@ def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
-    """Shared memory, registers, spills and tensor-core instructions of a compiled kernel."""
+    """Shared memory, registers, memory of a thread's own, spills and matrix instructions of a compiled kernel."""
     found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        found["private"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         found["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         found["tensor"] = len(re.findall(r"\bv_mfma", text))
         return found
@@ -142,8 +143,8 @@ def resources(compiled: Any, target: str) -> dict[str, Any]:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-    found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-    found["local"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    stack, local = (int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
+    found["private"] = stack + local
     found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
     found["tensor"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))
     found["wgmma"] = len(re.findall(r"\bHGMMA\b", code))
@@ -182,6 +183,7 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
 def main() -> None:
     for case in sys.argv[1:]:
         target, dtype, *rest = case.split(":")
+        tiles.AMD = target.startswith("gfx")
         launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(target, dtype, *rest)
         for kernel, args, options in launches:
             compiled_source, flags = source(kernel, args, options)
