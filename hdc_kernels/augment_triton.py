@@ -196,8 +196,8 @@ def pack(boxes: Tensor, matrix: Tensor, contrast: Tensor | None, size: int, fram
     steps = boxes[:, 2:] / size
     if contrast is None:
         contrast = boxes.new_ones(len(boxes))
-    luma = torch.tensor(LUMA, device=boxes.device).view(3, 1)
-    grey = (luma * matrix).sum(1)  # no product of matrices: autocast would round it
+    # Neither a product of matrices, which autocast would round, nor a tensor of LUMA, made by waiting for the device.
+    grey = sum(share * row for share, row in zip(LUMA, matrix.unbind(1), strict=True))
     weights = (1 - contrast).view(-1, 1) * grey / (127.5 * frames * size * size)
     to_view = (contrast.view(-1, 1, 1) * matrix / 127.5).flatten(1)
     return torch.cat((boxes[:, :2], steps, to_view, weights), 1)
