@@ -44,7 +44,7 @@ struct Item {
 struct Work {
     int blocks, parts, tiles, splits, items;  // counts of blocks and tiles, which fit; addresses have 64 bits
 
-    __device__ explicit Work(const LogsumexpPass& pass)
+    explicit Work(const LogsumexpPass& pass)
         : blocks(static_cast<int>(pass.own.padded / ROWS)),
           parts(pass.column_parts ? static_cast<int>(pass.column_parts / 2) : blocks),
           tiles(static_cast<int>((pass.other.count + COLUMNS - 1) / COLUMNS)),
@@ -263,13 +263,12 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
 template <Type TYPE, int WIDTH, bool DOWN>
 __global__ void __launch_bounds__(THREADS, 1)
     logsumexp_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
-                     const __grid_constant__ LogsumexpPass pass) {
+                     const __grid_constant__ LogsumexpPass pass, const __grid_constant__ Work work) {
     const int64_t longest = pass.own.count > pass.other.count ? pass.own.count : pass.other.count;
     const float shift = fixed_shift(pass.temperature, pass.bounded, longest);
     const bool running = shift != shift;
     if (pass.only_running && !running) return;
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    const Work work(pass);
     if (threadIdx.x == 0) {
         prefetch_map(&own);
         prefetch_map(&other);
@@ -308,14 +307,13 @@ cudaError_t launch(const LogsumexpPass& pass, cudaStream_t stream) {
     constexpr int BYTES = sizeof(Shared<WIDTH>);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t parts = pass.column_parts ? pass.column_parts / 2 : pass.own.padded / ROWS;
-    const int64_t items = pass.groups * pass.splits * parts;
+    const Work work(pass);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(items < processors ? items : processors));
+    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = BYTES;
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass);
+    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
 }
 
 template <Type TYPE, int WIDTH>

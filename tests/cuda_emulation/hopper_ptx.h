@@ -232,6 +232,7 @@ void give_registers() {}
 template <int>
 void take_registers() {}
 
+inline void hide(int&) {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 template <Type TYPE>
 uint32_t round_pair(float low, float high) {
@@ -266,12 +267,12 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream;
 };
 
-template <typename Pass>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(CUtensorMap, CUtensorMap, Pass),
-                               const CUtensorMap& own, const CUtensorMap& other, const Pass& pass) {
+template <typename... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Parameters&... given) {
     emulated::grid = config->gridDim;
     emulated::threads = config->blockDim;
-    emulated::block.body = [&] { kernel(own, other, pass); };
+    emulated::block.body = [&] { kernel(given...); };
     for (unsigned b = 0; b < emulated::grid.x; ++b) {
         emulated::block_index.x = b;
         emulated::dynamic.assign(config->dynamicSmemBytes / 4 + 512, 0x7fffffffu);  // NaN
