@@ -359,7 +359,7 @@ cudaError_t of_width(const GradientPass& pass, cudaStream_t stream) {
 Plan hopper_gradient_plan(const GradientPass& pass, int processors) {
     const int64_t blocks = (pass.own.count + hopper::ROWS - 1) / hopper::ROWS;
     const int64_t columns = pass.width == 256 ? hopper::COLUMNS<256> : hopper::COLUMNS<128>;
-    return {hopper::best_splits(pass.groups * blocks, (pass.other.count + columns - 1) / columns, processors), 0};
+    return {best_splits(pass.groups * blocks, (pass.other.count + columns - 1) / columns, processors), 0};
 }
 
 cudaError_t hopper_gradient(const GradientPass& pass, cudaStream_t stream) {

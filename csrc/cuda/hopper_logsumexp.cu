@@ -14,6 +14,7 @@
 //
 // Decided on paper: 256 rows a block rather than multicast in a cluster, which asks as little of L2 without
 // blocks that wait for each other; no polynomial exp2, before the overlap is measured. No GPU has run this yet.
+#include "fragments.cuh"
 #include "hopper_tiles.cuh"
 
 namespace hdc::cuda {
@@ -137,21 +138,6 @@ __device__ inline void mask(float (&accumulators)[2][64], const LogsumexpPass& p
             if (column >= columns || (here && !pass.diagonal)) accumulators[half][i] = -INFINITY;
         }
     }
-}
-
-// Of eight sums the one of index lane / 4, over the eight lanes that have the same columns.
-__device__ inline float over_rows(float (&sums)[8], int lane) {
-#pragma unroll
-    for (int width = 4; width > 0; width /= 2) {
-        const bool upper = lane & (width * 4);
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            const float sent = upper ? sums[i] : sums[i + width];
-            const float kept = upper ? sums[i + width] : sums[i];
-            sums[i] = kept + __shfl_xor_sync(0xffffffff, sent, width * 4);
-        }
-    }
-    return sums[0];
 }
 
 template <Type TYPE, int WIDTH, bool RUNNING, bool DOWN>
@@ -342,7 +328,7 @@ Plan hopper_logsumexp_plan(const LogsumexpPass& pass, bool columns, int processo
     // Parts of equally many row blocks, at most as many as there are processors.
     const int64_t in_turn = columns ? (blocks + processors - 1) / processors : 1;
     const int64_t parts = (blocks + in_turn - 1) / in_turn;
-    return {hopper::best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
+    return {best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
 }
 
 cudaError_t hopper_logsumexp(const LogsumexpPass& pass, cudaStream_t stream) {

@@ -12,12 +12,6 @@
 namespace hdc::cuda {
 namespace {
 
-__device__ float round_to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
-}
-
 template <typename Element, bool TF32, int EACH>
 __device__ void store_packed(const float (&unit)[EACH], void* units, int64_t row) {
     auto* to = static_cast<Element*>(units) + row * (32 * EACH) + threadIdx.x % 32;

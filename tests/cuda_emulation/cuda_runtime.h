@@ -2,8 +2,11 @@
 //
 // Blocks run one after the other. A fiber runs until it meets others: at a barrier, or in what a warp does together.
 // HDC_EMULATION_ORDER=reverse lets the last thread run first: a race between barriers then shows as other results.
+// Asynchronous copies are made as late as the program allows, when they are waited for, or with
+// HDC_EMULATION_COPIES=early when they are asked for: what reads too soon or overwrites too soon shows the same way.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -27,10 +30,14 @@ enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCou
 
 struct dim3 {
     unsigned x, y = 1, z = 1;
-    dim3(unsigned x) : x(x) {}
+    dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
 };
 struct float2 {
     float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+struct uint2 {
+    uint32_t x, y;
 };
 
 namespace emulated {
@@ -40,13 +47,24 @@ struct Barrier {
     int64_t round = 0;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+struct Fiber {
+    jmp_buf context;
+    std::vector<char> stack = std::vector<char>(1 << 17);
+    bool begun, done;
+    int meetings;                           // of its warp so far
+    std::vector<std::vector<Copy>> copies;  // groups not yet waited for, the last one open
+};
+
 struct Block {
-    std::vector<ucontext_t> fibers;
-    std::vector<char> stacks;
-    std::vector<bool> done;
+    std::vector<Fiber> fibers;
     Barrier all, named[16], warps[32];
-    unsigned char exchanged[32][32][64];
-    ucontext_t scheduler;
+    unsigned char exchanged[2][32][32][64];
+    jmp_buf scheduler;
     std::function<void()> body;
 };
 
@@ -54,9 +72,11 @@ inline Block block;
 inline dim3 grid{1}, threads{1}, block_index{0}, thread_index{0};
 inline std::vector<uint32_t> dynamic;
 
+inline Fiber& me() { return block.fibers[thread_index.x]; }
+
+// Makes and jumps into contexts with _setjmp, as swapcontext would ask the kernel about signals every time.
 inline void yield() {
-    const unsigned me = thread_index.x;
-    swapcontext(&block.fibers[me], &block.scheduler);
+    if (!_setjmp(me().context)) _longjmp(block.scheduler, 1);
 }
 
 inline void wait(Barrier& barrier, int count) {
@@ -70,48 +90,63 @@ inline void wait(Barrier& barrier, int count) {
 
 inline void enter() {
     block.body();
-    block.done[thread_index.x] = true;
+    me().done = true;
     for (;;) yield();
 }
 
+inline void resume(Fiber& fiber) {
+    if (_setjmp(block.scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.context, 1);
+    fiber.begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = fiber.stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+}
+
+inline bool is_set(const char* name, const char* value) {
+    const char* found = std::getenv(name);
+    return found && !std::strcmp(found, value);
+}
+
+inline bool early_copies = false;
+
 inline void run_block() {
-    constexpr size_t STACK = 1 << 17;
     const int count = int(threads.x);
     block.fibers.resize(count);
-    block.stacks.resize(STACK * count);
-    block.done.assign(count, false);
-    for (int i = 0; i < count; ++i) {
-        getcontext(&block.fibers[i]);
-        block.fibers[i].uc_stack.ss_sp = block.stacks.data() + STACK * i;
-        block.fibers[i].uc_stack.ss_size = STACK;
-        block.fibers[i].uc_link = nullptr;
-        makecontext(&block.fibers[i], enter, 0);
+    for (Fiber& fiber : block.fibers) {
+        fiber.begun = fiber.done = false;
+        fiber.meetings = 0;
+        fiber.copies.assign(1, {});
     }
-    const char* order = std::getenv("HDC_EMULATION_ORDER");
-    const bool reverse = order && !std::strcmp(order, "reverse");
+    const bool reverse = is_set("HDC_EMULATION_ORDER", "reverse");
+    early_copies = is_set("HDC_EMULATION_COPIES", "early");
     for (bool running = true; running;) {
         running = false;
         for (int n = 0; n < count; ++n) {
             const int i = reverse ? count - 1 - n : n;
-            if (block.done[i]) continue;
+            if (block.fibers[i].done) continue;
             running = true;
             thread_index.x = unsigned(i);
-            swapcontext(&block.scheduler, &block.fibers[i]);
+            resume(block.fibers[i]);
         }
     }
 }
 
-// Every lane's value, seen by every lane of the warp.
+// Every lane's value, seen by every lane of the warp. Two buffers: a lane is at most one meeting ahead of another.
 template <typename T>
 struct Together {
     T of[32];
     explicit Together(const T& mine) {
         static_assert(sizeof(T) <= 64);
         const unsigned warp = thread_index.x / 32, lane = thread_index.x % 32;
-        std::memcpy(block.exchanged[warp][lane], &mine, sizeof(T));
+        auto& exchanged = block.exchanged[me().meetings++ % 2][warp];
+        std::memcpy(exchanged[lane], &mine, sizeof(T));
         wait(block.warps[warp], 32);
-        for (int i = 0; i < 32; ++i) std::memcpy(&of[i], block.exchanged[warp][i], sizeof(T));
-        wait(block.warps[warp], 32);
+        for (int i = 0; i < 32; ++i) std::memcpy(&of[i], exchanged[i], sizeof(T));
     }
 };
 
@@ -130,6 +165,12 @@ inline float __int_as_float(int bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline float __uint_as_float(uint32_t bits) { return __int_as_float(int(bits)); }
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) { return emulated::Together<T>(value).of[source]; }
@@ -161,8 +202,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 threads,
     emulated::threads = threads;
     const Arguments arguments = *static_cast<Arguments*>(packed[0]);
     emulated::block.body = [&] { kernel(arguments); };
-    for (unsigned b = 0; b < grid.x; ++b) {
-        emulated::block_index.x = b;
+    for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+        emulated::block_index = {b % grid.x, b / grid.x};
         emulated::dynamic.assign(shared / 4 + 8, 0x7fffffffu);  // NaN
         emulated::run_block();
     }
