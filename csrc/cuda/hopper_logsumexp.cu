@@ -14,6 +14,7 @@
 //
 // Decided on paper: 256 rows a block rather than multicast in a cluster, which asks as little of L2 without
 // blocks that wait for each other; no polynomial exp2, before the overlap is measured. No GPU has run this yet.
+#include "fragments.cuh"
 #include "hopper_tiles.cuh"
 
 namespace hdc::cuda {
@@ -44,7 +45,7 @@ struct Item {
 struct Work {
     int blocks, parts, tiles, splits, items;  // counts of blocks and tiles, which fit; addresses have 64 bits
 
-    __device__ explicit Work(const LogsumexpPass& pass)
+    explicit Work(const LogsumexpPass& pass)
         : blocks(static_cast<int>(pass.own.padded / ROWS)),
           parts(pass.column_parts ? static_cast<int>(pass.column_parts / 2) : blocks),
           tiles(static_cast<int>((pass.other.count + COLUMNS - 1) / COLUMNS)),
@@ -137,21 +138,6 @@ __device__ inline void mask(float (&accumulators)[2][64], const LogsumexpPass& p
             if (column >= columns || (here && !pass.diagonal)) accumulators[half][i] = -INFINITY;
         }
     }
-}
-
-// Of eight sums the one of index lane / 4, over the eight lanes that have the same columns.
-__device__ inline float over_rows(float (&sums)[8], int lane) {
-#pragma unroll
-    for (int width = 4; width > 0; width /= 2) {
-        const bool upper = lane & (width * 4);
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            const float sent = upper ? sums[i] : sums[i + width];
-            const float kept = upper ? sums[i + width] : sums[i];
-            sums[i] = kept + __shfl_xor_sync(0xffffffff, sent, width * 4);
-        }
-    }
-    return sums[0];
 }
 
 template <Type TYPE, int WIDTH, bool RUNNING, bool DOWN>
@@ -263,13 +249,12 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
 template <Type TYPE, int WIDTH, bool DOWN>
 __global__ void __launch_bounds__(THREADS, 1)
     logsumexp_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
-                     const __grid_constant__ LogsumexpPass pass) {
+                     const __grid_constant__ LogsumexpPass pass, const __grid_constant__ Work work) {
     const int64_t longest = pass.own.count > pass.other.count ? pass.own.count : pass.other.count;
     const float shift = fixed_shift(pass.temperature, pass.bounded, longest);
     const bool running = shift != shift;
     if (pass.only_running && !running) return;
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    const Work work(pass);
     if (threadIdx.x == 0) {
         prefetch_map(&own);
         prefetch_map(&other);
@@ -308,14 +293,13 @@ cudaError_t launch(const LogsumexpPass& pass, cudaStream_t stream) {
     constexpr int BYTES = sizeof(Shared<WIDTH>);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t parts = pass.column_parts ? pass.column_parts / 2 : pass.own.padded / ROWS;
-    const int64_t items = pass.groups * pass.splits * parts;
+    const Work work(pass);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(items < processors ? items : processors));
+    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = BYTES;
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass);
+    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
 }
 
 template <Type TYPE, int WIDTH>
@@ -344,7 +328,7 @@ Plan hopper_logsumexp_plan(const LogsumexpPass& pass, bool columns, int processo
     // Parts of equally many row blocks, at most as many as there are processors.
     const int64_t in_turn = columns ? (blocks + processors - 1) / processors : 1;
     const int64_t parts = (blocks + in_turn - 1) / in_turn;
-    return {hopper::best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
+    return {best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
 }
 
 cudaError_t hopper_logsumexp(const LogsumexpPass& pass, cudaStream_t stream) {

@@ -10,6 +10,7 @@
 
 #include "hopper_ptx.cuh"
 #include "packed.h"
+#include "splits.h"
 
 namespace hdc::cuda::hopper {
 
@@ -89,21 +90,6 @@ inline cudaError_t make_map(CUtensorMap* map, const Pass& pass, const Side& side
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// Into how many parts the tiles are split, so that `items` times it end soonest on `processors`; every block of
-// rows costs about a tile of waiting besides.
-inline int64_t best_splits(int64_t items, int64_t tiles, int processors) {
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t splits = 1; splits <= 32 && splits <= tiles; ++splits) {
-        const int64_t rounds = (items * splits + processors - 1) / processors;
-        const int64_t time = rounds * ((tiles + splits - 1) / splits + 1);
-        if (time < least) {
-            least = time;
-            best = splits;
-        }
-    }
-    return best;
 }
 
 }  // namespace hdc::cuda::hopper
