@@ -19,6 +19,7 @@
 //
 // No GPU has run this yet.
 #include "hopper_tiles.cuh"
+#include "warp.cuh"
 
 namespace hdc::cuda {
 namespace hopper {
@@ -172,9 +173,9 @@ struct Consumer {
                 for (int h = 0; h < 2; ++h) {
                     float& element = cosine[n * 4 + h * 2 + b];
                     float coefficient = 0.0f;
-                    if constexpr (OTHER) coefficient = exp2_fast(fmaf(element, k, -shift)) * share;
+                    if constexpr (OTHER) coefficient = power_of_two(fmaf(element, k, -shift)) * share;
                     if constexpr (OWN) {
-                        coefficient = fmaf(exp2_fast(fmaf(element, k, -row_shift[h])), row_share[h], coefficient);
+                        coefficient = fmaf(power_of_two(fmaf(element, k, -row_shift[h])), row_share[h], coefficient);
                     }
                     element = coefficient;
                 }
@@ -284,18 +285,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     gradient_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
                     const __grid_constant__ GradientPass pass, const __grid_constant__ Work<WIDTH> work) {
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    if (threadIdx.x == 0) {
-        prefetch_map(&own);
-        prefetch_map(&other);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_create(&shared.full[stage], 1);
-            barrier_create(&shared.empty[stage], 8);  // warps of the consumers
-        }
-        barrier_create(&shared.own_full, 1);
-        barrier_create(&shared.own_empty, 8);
-        barrier_publish();
-    }
-    __syncthreads();
+    create_barriers(shared, &own, &other);
     if (threadIdx.x < WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<WIDTH, OTHER>(shared, &own, &other, pass, work);
@@ -317,40 +307,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <Type TYPE, int WIDTH, bool OWN, bool OTHER>
-cudaError_t launch(const GradientPass& pass, cudaStream_t stream) {
-    static_assert(sizeof(Shared<WIDTH>) <= MAX_SHARED, "more shared memory than a block may have");
-    CUtensorMap own, other;
-    cudaError_t error = make_map(&own, pass, pass.own, ROWS);
-    if (error == cudaSuccess) error = make_map(&other, pass, pass.other, COLUMNS<WIDTH>);
-    int device = 0, processors = 1;
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const auto kernel = gradient_kernel<TYPE, WIDTH, OWN, OTHER>;
-    constexpr int BYTES = sizeof(Shared<WIDTH>);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-    if (error != cudaSuccess) return error;
-    const Work<WIDTH> work(pass);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = BYTES;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
-}
-
 template <Type TYPE, int WIDTH>
 cudaError_t with_terms(const GradientPass& pass, cudaStream_t stream) {
-    if (!pass.other_term.share) return launch<TYPE, WIDTH, true, false>(pass, stream);
-    if (!pass.own_term.share) return launch<TYPE, WIDTH, false, true>(pass, stream);
-    return launch<TYPE, WIDTH, true, true>(pass, stream);
-}
-
-template <Type TYPE>
-cudaError_t of_width(const GradientPass& pass, cudaStream_t stream) {
-    if (pass.width == 64) return with_terms<TYPE, 64>(pass, stream);
-    if (pass.width == 128) return with_terms<TYPE, 128>(pass, stream);
-    return with_terms<TYPE, 256>(pass, stream);
+    const auto kernel = !pass.other_term.share ? gradient_kernel<TYPE, WIDTH, true, false>
+                        : !pass.own_term.share ? gradient_kernel<TYPE, WIDTH, false, true>
+                                               : gradient_kernel<TYPE, WIDTH, true, true>;
+    return launch<Shared<WIDTH>>(kernel, pass, Work<WIDTH>(pass), ROWS, COLUMNS<WIDTH>, stream);
 }
 
 }  // namespace
@@ -363,8 +325,10 @@ Plan hopper_gradient_plan(const GradientPass& pass, int processors) {
 }
 
 cudaError_t hopper_gradient(const GradientPass& pass, cudaStream_t stream) {
-    return pass.type == Type::bf16 ? hopper::of_width<Type::bf16>(pass, stream)
-                                   : hopper::of_width<Type::fp16>(pass, stream);
+    return hopper::with_vectors(pass, [&](auto vectors) {
+        using V = decltype(vectors);
+        return hopper::with_terms<V::TYPE, V::WIDTH>(pass, stream);
+    });
 }
 
 }  // namespace hdc::cuda

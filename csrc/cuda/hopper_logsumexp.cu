@@ -184,7 +184,7 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
                         higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, 1));
                         higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, 2));
                         base[r] = higher == -INFINITY ? 0.0f : higher;
-                        total[r] *= exp2_fast((top[r] - base[r]) * k);
+                        total[r] *= power_of_two((top[r] - base[r]) * k);
                         top[r] = higher;
                     }
                 }
@@ -200,9 +200,9 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
                             const float cosine = accumulators[r / 2][n * 4 + r % 2 * 2 + i % 2];
                             float exponential;
                             if constexpr (RUNNING) {
-                                exponential = exp2_fast((cosine - base[r]) * k);
+                                exponential = power_of_two((cosine - base[r]) * k);
                             } else {
-                                exponential = exp2_fast(fmaf(cosine, k, -row_shift[r]));
+                                exponential = power_of_two(fmaf(cosine, k, -row_shift[r]));
                                 top[r] = fmaxf(top[r], cosine);
                             }
                             tile_total[r] += exponential;
@@ -255,18 +255,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const bool running = shift != shift;
     if (pass.only_running && !running) return;
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    if (threadIdx.x == 0) {
-        prefetch_map(&own);
-        prefetch_map(&other);
-        for (int stage = 0; stage < STAGES<WIDTH>; ++stage) {
-            barrier_create(&shared.full[stage], 1);
-            barrier_create(&shared.empty[stage], 8);  // warps of the consumers
-        }
-        barrier_create(&shared.own_full, 1);
-        barrier_create(&shared.own_empty, 8);
-        barrier_publish();
-    }
-    __syncthreads();
+    create_barriers(shared, &own, &other);
     if (threadIdx.x < WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<WIDTH>(shared, &own, &other, pass, work);
@@ -280,38 +269,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <Type TYPE, int WIDTH, bool DOWN>
-cudaError_t launch(const LogsumexpPass& pass, cudaStream_t stream) {
-    static_assert(sizeof(Shared<WIDTH>) <= MAX_SHARED, "more shared memory than a block may have");
-    CUtensorMap own, other;
-    cudaError_t error = make_map(&own, pass, pass.own, ROWS);
-    if (error == cudaSuccess) error = make_map(&other, pass, pass.other, COLUMNS);
-    int device = 0, processors = 1;
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const auto kernel = logsumexp_kernel<TYPE, WIDTH, DOWN>;
-    constexpr int BYTES = sizeof(Shared<WIDTH>);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-    if (error != cudaSuccess) return error;
-    const Work work(pass);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = BYTES;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
-}
-
 template <Type TYPE, int WIDTH>
 cudaError_t with_columns(const LogsumexpPass& pass, cudaStream_t stream) {
-    return pass.column_total ? launch<TYPE, WIDTH, true>(pass, stream) : launch<TYPE, WIDTH, false>(pass, stream);
-}
-
-template <Type TYPE>
-cudaError_t of_width(const LogsumexpPass& pass, cudaStream_t stream) {
-    if (pass.width == 64) return with_columns<TYPE, 64>(pass, stream);
-    if (pass.width == 128) return with_columns<TYPE, 128>(pass, stream);
-    return with_columns<TYPE, 256>(pass, stream);
+    const auto kernel = pass.column_total ? logsumexp_kernel<TYPE, WIDTH, true> : logsumexp_kernel<TYPE, WIDTH, false>;
+    return launch<Shared<WIDTH>>(kernel, pass, Work(pass), ROWS, COLUMNS, stream);
 }
 
 }  // namespace
@@ -332,8 +293,10 @@ Plan hopper_logsumexp_plan(const LogsumexpPass& pass, bool columns, int processo
 }
 
 cudaError_t hopper_logsumexp(const LogsumexpPass& pass, cudaStream_t stream) {
-    return pass.type == Type::bf16 ? hopper::of_width<Type::bf16>(pass, stream)
-                                   : hopper::of_width<Type::fp16>(pass, stream);
+    return hopper::with_vectors(pass, [&](auto vectors) {
+        using V = decltype(vectors);
+        return hopper::with_columns<V::TYPE, V::WIDTH>(pass, stream);
+    });
 }
 
 }  // namespace hdc::cuda

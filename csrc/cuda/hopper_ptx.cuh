@@ -118,13 +118,6 @@ __device__ inline void take_registers() {
 
 // --- Arithmetic ---------------------------------------------------------------------------------------------------
 
-// 2^x by the special-function unit, to 2 ulp; 0 below the normal numbers.
-__device__ inline float exp2_fast(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
 // Two numbers rounded to the nearest, the first in the lower half.
 template <Type TYPE>
 __device__ inline uint32_t round_pair(float low, float high) {

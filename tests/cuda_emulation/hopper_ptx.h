@@ -233,7 +233,6 @@ template <int>
 void take_registers() {}
 
 inline void hide(int&) {}
-inline float exp2_fast(float x) { return std::exp2(x); }
 template <Type TYPE>
 uint32_t round_pair(float low, float high) {
     using T = std::conditional_t<TYPE == Type::bf16, __nv_bfloat16, __half>;
