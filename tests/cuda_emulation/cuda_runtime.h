@@ -27,7 +27,7 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaSuccess = 0;
+enum { cudaSuccess, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
@@ -76,6 +76,7 @@ struct Block {
 };
 
 inline Block block;
+inline int processors = 132;  // of the one device, an 8.0
 inline dim3 grid{1}, threads{1}, block_index{0}, thread_index{0};
 inline std::vector<uint32_t> dynamic;
 
@@ -159,9 +160,7 @@ struct Together {
 
 }  // namespace emulated
 
-#define threadIdx emulated::thread_index
-#define blockIdx emulated::block_index
-#define gridDim emulated::grid
+inline dim3 &threadIdx = emulated::thread_index, &blockIdx = emulated::block_index, &gridDim = emulated::grid;
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, int(emulated::threads.x)); }
 inline void __threadfence() {}
@@ -196,17 +195,20 @@ T __shfl_down_sync(unsigned, T value, int distance) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return 0; }
-// One device, an 8.0 with 132 processors.
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device != 0) return 101;  // cudaErrorInvalidDevice
-    *value = attribute == cudaDevAttrMultiProcessorCount      ? 132
+    if (device != 0) return cudaErrorInvalidDevice;
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? emulated::processors
              : attribute == cudaDevAttrComputeCapabilityMajor ? 8
                                                               : 0;
     return 0;
 }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? 0 : 101; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-    return error == 101 ? "invalid device ordinal" : "no error";
+    return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "no error";
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     std::memset(to, value, bytes);
