@@ -53,13 +53,20 @@ class Options(NamedTuple):
     label_smoothing: float
     return_metrics: bool
 
-    def check(self, shape: torch.Size, device: torch.device, views: int = 1) -> None:
-        """For samples of this shape. Raises TypeError or ValueError."""
+    def check(
+        self, shape: torch.Size, device: torch.device, views: int = 1, **leaving_out: object
+    ) -> None:
+        """For samples of this shape, and beside options that leave columns out. Raises TypeError or ValueError."""
         check_temperature(self.temperature)
         check_choice("reduction", self.reduction, Reduction)
         check_choice("backend", self.backend, Backend)
         check_sample_weights(self.sample_weights, shape, device, views=views)
         check_label_smoothing(self.label_smoothing)
+        for option, given in leaving_out.items():
+            if given is not None and self.label_smoothing:
+                raise ValueError(
+                    f"label_smoothing is {self.label_smoothing} but {option} leave columns out; it must be 0"
+                )
 
     def primitive(self) -> dict[str, Any]:
         """For `contrast` and `logsumexp`."""

@@ -18,7 +18,6 @@ def without_false_negatives(
     key: Tensor,
     *,
     grouped: bool,
-    label_smoothing: float = 0.0,
 ) -> Mask:
     """What is left of query [B, D] and key [N, D], the arguments `names`; a positive stands in any case.
 
@@ -31,10 +30,6 @@ def without_false_negatives(
         if given is not None and query.dim() != 2:
             raise ValueError(
                 f"{names[0]} has shape {list(query.shape)}; with {option} it must be [B, D]"
-            )
-        if given is not None and label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing} but {option} leave columns out; it must be 0"
             )
     mask = EVERYTHING
     if ids is not None:

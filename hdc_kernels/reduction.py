@@ -8,11 +8,6 @@ from hdc_kernels.checks import Reduction
 from hdc_kernels.distributed.rows import Rows
 
 
-def weigh(terms: Tensor, sample_weights: Tensor | None) -> Tensor:
-    """w_i·l_i; weights [B] are those of every row of a sample, in terms [2, B]."""
-    return terms if sample_weights is None else terms * sample_weights.to(terms.dtype)
-
-
 def reduce(
     terms: Tensor,
     reduction: Reduction,
@@ -22,14 +17,16 @@ def reduce(
 ) -> Tensor:
     """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i, of w_i = 1 if there are none.
 
-    With `across`, the sums are over the terms of all ranks: `count` of them, one for each row if not given.
+    Weights [B] are those of every row of a sample, in terms [2, B]. With `across`, the sums are over the terms of
+    all ranks: `count` of them, one for each row if not given.
     """
-    weighted = weigh(terms, sample_weights)
-    if sample_weights is None or reduction != "mean":
+    weights = None if sample_weights is None else sample_weights.to(terms.dtype).expand_as(terms)
+    weighted = terms if weights is None else terms * weights
+    if weights is None or reduction != "mean":
         if across is None:
             return reference.reduce(weighted, reduction)
         return across.reduce(weighted, reduction, count)
-    total = sample_weights.to(terms.dtype).expand_as(terms).sum()
+    total = weights.sum()
     if across is None:
         return weighted.sum() / total
     return across.total(weighted.sum() / across.sum(total))
