@@ -98,7 +98,9 @@ class Options(NamedTuple):
             divisor = count if self.reduction == "mean" else 1
             value = value + (excess.sum() / divisor if summed else excess)
         if not summed:
-            value = reduce(value.view(shape), self.reduction, self.sample_weights, queries, count)
+            value = reduce(
+                value.view(shape), self.reduction, self.sample_weights, queries, count=count
+            )
         elif queries is not None:
             value = queries.total(value)
         if not self.return_metrics:

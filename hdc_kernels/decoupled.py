@@ -20,6 +20,7 @@ from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp
 from hdc_kernels.positives import positive_logits
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 
 def fused_dcl(
@@ -28,6 +29,7 @@ def fused_dcl(
     *,
     temperature: float | Tensor = 0.1,
     weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -43,7 +45,9 @@ def fused_dcl(
         second: [B, D], the other views: `second[i]` belongs to `first[i]`. Same dtype and device.
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
-        weights: the paper's w, [B] for both views of a sample or [2, B] for every row; 1 if not given.
+        weights: the paper's w, of the positives: [B] for both views of a sample or [2, B] for every row; 1 if not
+            given.
+        sample_weights: of the terms, in either of these shapes; as in `fused_info_nce`.
         reduction: "mean" over the 2B rows, their "sum", or "none" for one value per row, [2, B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend, process_group: as in `fused_info_nce`. B ≥ 2 is then that of all ranks together.
@@ -62,6 +66,8 @@ def fused_dcl(
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     batch = first.shape[0]
+    for name, given in (("weights", weights), ("sample_weights", sample_weights)):
+        check_sample_weights(given, (batch,), first.device, name=name, views=2)
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, first.device, batch)
@@ -72,7 +78,6 @@ def fused_dcl(
         )
     positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
     if weights is not None:
-        _check_weights(weights, first)
         positive = positive * weights.to(positive.dtype)
     rows = torch.cat((first, second))
     columns: Columns = rows
@@ -82,20 +87,20 @@ def fused_dcl(
         columns, samples = views.share(rows), across.numbers(first.device)[:batch].repeat(2)
         everybody = views.gather_integers(samples)
     ids = samples.unsqueeze(0), everybody.unsqueeze(0)
+    summed = across is None and sample_weights is None
     lse = logsumexp(
         rows,
         columns,
         temperature=temperature,
         normalize=normalize,
         mask=Mask(ids=ids),
-        reduction=reduction if across is None else "none",
+        reduction=reduction if summed else "none",
         backend=backend,
     )
-    if across is not None:
-        return across.reduce(lse.view(2, batch) - positive, reduction, 2 * across.size)
-    if reduction == "none":
-        lse = lse.view(2, batch)
-    return lse - reference.reduce(positive, reduction)
+    if summed and reduction != "none":
+        return lse - reference.reduce(positive, reduction)
+    count = None if across is None else 2 * across.size
+    return reduce(lse.view(2, batch) - positive, reduction, sample_weights, across, count=count)
 
 
 def fused_dclw(
@@ -104,6 +109,7 @@ def fused_dclw(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float = 0.5,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -115,8 +121,8 @@ def fused_dclw(
 
     Args:
         sigma: σ > 0.
-        first, second, temperature, reduction, normalize, backend, process_group: as in `fused_dcl`; with a group, B
-            and the softmax are over the samples of all ranks.
+        first, second, temperature, sample_weights, reduction, normalize, backend, process_group: as in `fused_dcl`;
+            with a group, B and the softmax are over the samples of all ranks.
 
     Returns, raises: as `fused_dcl`.
 
@@ -136,6 +142,7 @@ def fused_dclw(
         second,
         temperature=temperature,
         weights=2 - shares,
+        sample_weights=sample_weights,
         reduction=reduction,
         normalize=normalize,
         backend=backend,
@@ -148,17 +155,6 @@ def check_sigma(sigma: float) -> None:
     check_number("sigma", sigma)
     if not (sigma > 0 and math.isfinite(sigma)):
         raise ValueError(f"sigma is {sigma}; it must be positive and finite")
-
-
-def _check_weights(weights: Tensor, first: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights is a {type(weights).__name__}; it must be a tensor")
-    batch = first.shape[0]
-    if weights.shape not in ((batch,), (2, batch)) or weights.device != first.device:
-        raise ValueError(
-            f"weights has shape {list(weights.shape)} on {weights.device}; "
-            f"it must be [{batch}] or [2, {batch}] on {first.device}"
-        )
 
 
 class DCL(Loss):
@@ -181,9 +177,18 @@ class DCL(Loss):
             process_group=process_group,
         )
 
-    def forward(self, first: Tensor, second: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        weights: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
         """See `fused_dcl`."""
-        return fused_dcl(first, second, weights=weights, **self.options)
+        return fused_dcl(
+            first, second, weights=weights, sample_weights=sample_weights, **self.options
+        )
 
 
 class DCLW(Loss):
@@ -209,6 +214,8 @@ class DCLW(Loss):
             process_group=process_group,
         )
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(
+        self, first: Tensor, second: Tensor, *, sample_weights: Tensor | None = None
+    ) -> Tensor:
         """See `fused_dclw`."""
-        return fused_dclw(first, second, **self.options)
+        return fused_dclw(first, second, sample_weights=sample_weights, **self.options)

@@ -13,23 +13,33 @@ def reduce(
     reduction: Reduction,
     sample_weights: Tensor | None = None,
     across: Rows | None = None,
+    *,
     count: int | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i, of w_i = 1 if there are none.
+    """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i·c_i, of w_i = 1 if there are none.
 
-    Weights [B] are those of every row of a sample, in terms [2, B]. With `across`, the sums are over the terms of
-    all ranks: `count` of them, one for each row if not given.
+    Args:
+        terms: l.
+        sample_weights: w, in the shape of the terms; or [B], of every row of a sample, for terms [2, B].
+        across: the sums are over the terms of all ranks.
+        count: how many terms there are on all ranks; one for each row if not given.
+        shares: c, in the shape of the terms, where not every term counts once; the mean of nothing is then 0.
     """
     weights = None if sample_weights is None else sample_weights.to(terms.dtype).expand_as(terms)
     weighted = terms if weights is None else terms * weights
-    if weights is None or reduction != "mean":
+    if reduction != "mean" or (weights is None and shares is None):
         if across is None:
             return reference.reduce(weighted, reduction)
         return across.reduce(weighted, reduction, count)
-    total = weights.sum()
-    if across is None:
-        return weighted.sum() / total
-    return across.total(weighted.sum() / across.sum(total))
+    counted = torch.ones_like(terms) if shares is None else shares
+    if weights is not None:
+        counted = weights * counted
+    divisor = counted.sum() if across is None else across.sum(counted.sum())
+    if shares is not None:
+        divisor = divisor.masked_fill(divisor == 0, 1)
+    mean = weighted.sum() / divisor
+    return mean if across is None else across.total(mean)
 
 
 def check_sample_weights(

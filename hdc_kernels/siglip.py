@@ -22,6 +22,7 @@ from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, softplus_sum
 from hdc_kernels.positives import positive_logits
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 
 def fused_siglip(
@@ -30,6 +31,7 @@ def fused_siglip(
     *,
     temperature: float | Tensor = 0.1,
     bias: float | Tensor = -10.0,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -45,6 +47,7 @@ def fused_siglip(
             which then gets its gradient. The value of a tensor is not checked.
         bias: b, initially −10 in the paper; a number, or a tensor with one element, which then gets its
             gradient.
+        sample_weights: [B], of the images, as in `fused_info_nce`.
         reduction: "mean" over the images (each is a sum over the texts), their "sum", or "none" for
             one value per image, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
@@ -65,6 +68,7 @@ def fused_siglip(
     check_bias("bias", bias)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
+    check_sample_weights(sample_weights, image.shape[:1], image.device)
     if isinstance(bias, Tensor):
         bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
     positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
@@ -73,6 +77,7 @@ def fused_siglip(
     if process_group is not None:
         rows, columns = meet(process_group, image.device, len(image), len(text))
         texts = columns.share(text)
+    summed = rows is None and sample_weights is None
     negatives = softplus_sum(
         image,
         texts,
@@ -80,13 +85,13 @@ def fused_siglip(
         temperature=temperature,
         normalize=normalize,
         mask=Mask(diagonal=False),
-        reduction=reduction if rows is None else "none",
+        reduction=reduction if summed else "none",
         backend=backend,
     )
     positives = -F.logsigmoid(positive + bias)
-    if rows is not None:
-        return rows.reduce(negatives + positives, reduction)
-    return negatives + reference.reduce(positives, reduction)
+    if summed:
+        return negatives + reference.reduce(positives, reduction)
+    return reduce(negatives + positives, reduction, sample_weights, rows)
 
 
 class SigLIP(Loss):
@@ -128,9 +133,15 @@ class SigLIP(Loss):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, text: Tensor, *, sample_weights: Tensor | None = None
+    ) -> Tensor:
         """See `fused_siglip`."""
-        temperature = (-self.logit_scale).exp()
         return fused_siglip(
-            image, text, temperature=temperature, bias=self.logit_bias, **self.options
+            image,
+            text,
+            temperature=(-self.logit_scale).exp(),
+            bias=self.logit_bias,
+            sample_weights=sample_weights,
+            **self.options,
         )

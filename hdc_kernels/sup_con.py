@@ -21,6 +21,7 @@ from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
 from hdc_kernels.positives import embeddings as unit_vectors
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 Definition = Literal["out", "in", "each"]
 WithoutPositive = Literal["exclude", "zero"]
@@ -39,6 +40,7 @@ def fused_sup_con(
     other_labels: Tensor | None = None,
     other_holds_self: bool = False,
     without_positive: WithoutPositive = "exclude",
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -68,6 +70,9 @@ def fused_sup_con(
             has just entered, say), with their labels; each is left out of its own sums.
         without_positive: the term of an anchor without a positive is 0; "exclude" leaves it out of
             the mean and "zero" counts it. "each" is a mean over pairs, where neither has a meaning.
+        sample_weights: [B], w_i ≥ 0, of the anchors: "sum" becomes Σ w_i·l_i, "none" w_i·l_i and "mean"
+            Σ w_i·l_i / Σ w_i·c_i, where an anchor counts c_i times: once or, by `without_positive`, not at all, for
+            "each" as often as it has positives. Their values are not checked.
         reduction: "mean" over the anchors, or for "each" over all pairs of an anchor and a positive;
             "sum", or "none" for one value per anchor, [B]. The mean of nothing is 0.
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
@@ -93,6 +98,7 @@ def fused_sup_con(
     check_choice("without_positive", without_positive, WithoutPositive)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
+    check_sample_weights(sample_weights, embeddings.shape[:1], embeddings.device)
     own = embeddings if other is None else other
     y: Columns = own
     columns = labels if other_labels is None else other_labels
@@ -108,17 +114,10 @@ def fused_sup_con(
     else:
         assert positives is not None
         terms, counts = _by_list(problem, positives.long(), definition)
-    if reduction == "none":
-        return terms if across is None else across.local(terms)
-    total = terms.sum() if across is None else across.total(terms.sum())
-    if reduction == "sum":
-        return total
+    shares: Tensor | None = counts if definition == "each" else counts > 0
     if definition != "each" and without_positive == "zero":
-        return total / (len(terms) if across is None else across.size)
-    terms_in_mean = counts.sum() if definition == "each" else (counts > 0).sum()
-    if across is not None:
-        terms_in_mean = across.sum(terms_in_mean)
-    return total / terms_in_mean.clamp_min(1)
+        shares = None
+    return reduce(terms, reduction, sample_weights, across, shares=shares)
 
 
 class SupCon(Loss):
@@ -156,6 +155,7 @@ class SupCon(Loss):
         other: Tensor | None = None,
         other_labels: Tensor | None = None,
         other_holds_self: bool = False,
+        sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_sup_con`."""
         return fused_sup_con(
@@ -165,6 +165,7 @@ class SupCon(Loss):
             other=other,
             other_labels=other_labels,
             other_holds_self=other_holds_self,
+            sample_weights=sample_weights,
             **self.options,
         )
 

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from embeddings import leaf
+from agreement import agree, no_worse_than_plain, weighted
+from embeddings import leaf, randn
 from equations import relative_error
 from torch import Tensor
 
@@ -65,6 +66,31 @@ def test_loss_and_gradients_are_the_papers(
             assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sample_weights(reduction: Reduction, backend: Backend) -> None:
+    """Of images; the weights get their gradient, too."""
+
+    def ours(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        return fused_siglip(
+            image,
+            text,
+            temperature=tau,
+            bias=bias,
+            sample_weights=weights,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    agree(
+        ours,
+        lambda image, text, tau, bias, weights: weighted(
+            plain(image, text, tau, bias), weights, reduction
+        ),
+        *(randn(5, 4), randn(7, 4, seed=1), scalar(0.2), scalar(-2.0), randn(5, seed=2).exp()),
+    )
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(reduction: Reduction) -> None:
     """First and second derivatives for image, text, temperature and bias."""
@@ -75,6 +101,19 @@ def test_gradcheck(reduction: Reduction) -> None:
     inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.3), scalar(-1.0))
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_gradcheck_and_compiled_with_options() -> None:
+    """First and second derivatives, those of the weights too; one graph."""
+
+    def loss(image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+        return fused_siglip(image, text, bias=-1.0, temperature=0.3, sample_weights=weights)
+
+    inputs = (leaf(3, 3), leaf(4, 3, seed=1), torch.arange(1.0, 4.0).double().requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+    torch.compiler.reset()
+    agree(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *inputs)
 
 
 def test_compiled_equals_eager() -> None:
@@ -111,6 +150,17 @@ def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -
     for slope, (our, their) in zip(slopes, found, strict=True):
         assert our.dtype == dtype
         assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_with_options_is_no_worse_than_plain(dtype: torch.dtype) -> None:
+    """Weights."""
+    weights = randn(33, seed=2).exp().float()
+    no_worse_than_plain(
+        lambda image, text: fused_siglip(image, text, sample_weights=weights),
+        lambda image, text: weighted(plain(image, text, 0.1, -10.0), weights, "mean"),
+        *(randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype)),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,6 +234,9 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
     module = SigLIP(4.0, -3.0, **options).double()
     expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **options)
     torch.testing.assert_close(module(image, text), expected, rtol=1e-6, atol=0)
+    given: dict[str, Any] = {"sample_weights": randn(5, seed=2).exp()}
+    expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **given, **options)
+    torch.testing.assert_close(module(image, text, **given), expected, rtol=1e-6, atol=0)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(module)
 
@@ -195,6 +248,11 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
         ({"bias": "b"}, TypeError, "bias is a str; it must be a number or a tensor"),
         ({"bias": math.inf}, ValueError, "bias is inf; it must be finite"),
         ({"bias": torch.zeros(2)}, ValueError, r"bias is a float32 tensor \[2\]; as a tensor"),
+        (
+            {"sample_weights": torch.ones(4)},
+            ValueError,
+            r"sample_weights has shape \[4\] on cpu; it",
+        ),
         ({"reduction": "max"}, ValueError, "reduction is 'max'; it must be one of"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'; it must be one of"),
     ],
