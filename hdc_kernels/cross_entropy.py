@@ -173,11 +173,10 @@ def compare(
     """`contrast`, with the keys of all ranks if there are `keys` of others."""
     if queries is None or keys is None:
         return contrast([(query, key)], mask=mask, **arguments)
-    ids = None if mask.ids is None else (mask.ids[0].squeeze(0), mask.ids[1].squeeze(0))
     if query.dim() == 3:  # they are exchanged by rows
         query, key = query.transpose(0, 1), key.transpose(0, 1)
     return contrast_across(
-        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), ids=ids, **arguments
+        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), mask=mask, **arguments
     )
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Mask
 from hdc_kernels.checks import (
     Backend,
     Reduction,
@@ -17,8 +16,10 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.distributed.contrast import mask_across
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
+from hdc_kernels.false_negatives import Ids, without_false_negatives
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, softplus_sum
 from hdc_kernels.positives import positive_logits
@@ -31,6 +32,8 @@ def fused_siglip(
     *,
     temperature: float | Tensor = 0.1,
     bias: float | Tensor = -10.0,
+    ids: Ids | None = None,
+    false_negatives: Tensor | None = None,
     sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
@@ -47,6 +50,7 @@ def fused_siglip(
             which then gets its gradient. The value of a tensor is not checked.
         bias: b, initially −10 in the paper; a number, or a tensor with one element, which then gets its
             gradient.
+        ids, false_negatives: texts that do not count for an image, unless they are its own, as in `fused_info_nce`.
         sample_weights: [B], of the images, as in `fused_info_nce`.
         reduction: "mean" over the images (each is a sum over the texts), their "sum", or "none" for
             one value per image, [B].
@@ -69,6 +73,9 @@ def fused_siglip(
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     check_sample_weights(sample_weights, image.shape[:1], image.device)
+    mask = without_false_negatives(
+        ids, false_negatives, ("image", "text"), image, text, grouped=across
+    )._replace(diagonal=False)
     if isinstance(bias, Tensor):
         bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
     positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
@@ -76,7 +83,7 @@ def fused_siglip(
     texts: Columns = text
     if process_group is not None:
         rows, columns = meet(process_group, image.device, len(image), len(text))
-        texts = columns.share(text)
+        texts, mask = columns.share(text), mask_across(columns, mask)
     summed = rows is None and sample_weights is None
     negatives = softplus_sum(
         image,
@@ -84,7 +91,7 @@ def fused_siglip(
         bias,
         temperature=temperature,
         normalize=normalize,
-        mask=Mask(diagonal=False),
+        mask=mask,
         reduction=reduction if summed else "none",
         backend=backend,
     )
@@ -134,7 +141,13 @@ class SigLIP(Loss):
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
     def forward(
-        self, image: Tensor, text: Tensor, *, sample_weights: Tensor | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        ids: Ids | None = None,
+        false_negatives: Tensor | None = None,
+        sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_siglip`."""
         return fused_siglip(
@@ -142,6 +155,8 @@ class SigLIP(Loss):
             text,
             temperature=(-self.logit_scale).exp(),
             bias=self.logit_bias,
+            ids=ids,
+            false_negatives=false_negatives,
             sample_weights=sample_weights,
             **self.options,
         )

@@ -173,6 +173,10 @@ def siglip(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
     return fused_siglip(x, y, temperature=tau, **options)
 
 
+def siglip_ids(x: Tensor, y: Tensor, tau: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return fused_siglip(x, y, temperature=tau, ids=labels, **options)
+
+
 def siglip_keys(x: Tensor, y: Tensor, tau: Tensor, extra: Tensor, **options: Any) -> Tensor:
     return fused_siglip(x, torch.cat((y, extra)), temperature=tau, **options)
 
@@ -262,6 +266,7 @@ CASES = {
 }
 # What does not care how many ranks there are: it is checked on two.
 OPTIONS = {
+    "siglip ids": Case(siglip_ids, labelled),
     "siglip weights": Case(siglip, weighted),
     "dcl sample weights": Case(dcl, weighted, 1),
     "dclw weights": Case(dclw, weighted, 1),

@@ -24,13 +24,22 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
-def plain(image: Tensor, text: Tensor, tau: Any, bias: Any, *, normalize: bool = True) -> Tensor:
-    """Every image's sum over the texts, from the matrix of pairs."""
+def plain(
+    image: Tensor,
+    text: Tensor,
+    tau: Any,
+    bias: Any,
+    *,
+    out: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Every image's sum over the texts, from the matrix of pairs, but for those that are `out`."""
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     logits = image @ text.mT / tau + bias
     sign = 2 * torch.eye(*logits.shape, dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum(-1)
+    terms = -F.logsigmoid(sign * logits)
+    return (terms if out is None else terms.masked_fill(out, 0.0)).sum(-1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,6 +100,33 @@ def test_sample_weights(reduction: Reduction, backend: Backend) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("how", ["ids", "list", "matrix", "both"])
+def test_texts_that_do_not_count(how: str, reduction: Reduction, backend: Backend) -> None:
+    """By ids, pair by pair in any order, or as a matrix; an image's own text stands in any case."""
+    image_ids, text_ids = torch.tensor([3, 1, 3, 2, 1]), torch.tensor([3, 1, 3, 2, 1, 7, 3])
+    matrix = torch.rand(5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    matrix[2, 2] = True
+    same, options = image_ids[:, None] == text_ids, {}
+    if how in ("ids", "both"):
+        options["ids"] = image_ids, text_ids
+    if how != "ids":
+        options["false_negatives"] = matrix.nonzero().mT.flip(1) if how == "list" else matrix
+    out = {"ids": same, "both": same | matrix}.get(how, matrix)
+    out = out & ~torch.eye(5, 7, dtype=torch.bool)
+    assert 5 < out.sum() < 20
+
+    def ours(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor) -> Tensor:
+        options.update(temperature=tau, bias=bias, reduction=reduction, backend=backend)
+        return fused_siglip(image, text, **options)
+
+    def exact(*inputs: Tensor) -> Tensor:
+        return weighted(plain(*inputs, out=out), torch.ones(5), reduction)
+
+    agree(ours, exact, randn(5, 4), randn(7, 4, seed=1), scalar(0.3), scalar(-1.0))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(reduction: Reduction) -> None:
     """First and second derivatives for image, text, temperature and bias."""
@@ -105,9 +141,19 @@ def test_gradcheck(reduction: Reduction) -> None:
 
 def test_gradcheck_and_compiled_with_options() -> None:
     """First and second derivatives, those of the weights too; one graph."""
+    ids = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2, 1])
+    pairs = torch.tensor([[2, 0], [3, 1]])
 
     def loss(image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
-        return fused_siglip(image, text, bias=-1.0, temperature=0.3, sample_weights=weights)
+        return fused_siglip(
+            image,
+            text,
+            bias=-1.0,
+            temperature=0.3,
+            ids=ids,
+            false_negatives=pairs,
+            sample_weights=weights,
+        )
 
     inputs = (leaf(3, 3), leaf(4, 3, seed=1), torch.arange(1.0, 4.0).double().requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs)
@@ -154,11 +200,15 @@ def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_with_options_is_no_worse_than_plain(dtype: torch.dtype) -> None:
-    """Weights."""
-    weights = randn(33, seed=2).exp().float()
+    """Weights and ids; and pairs."""
+    weights, ids = randn(33, seed=2).exp().float(), torch.arange(33) // 2
+    out = (ids[:, None] == ids) & ~torch.eye(33, dtype=torch.bool)
     no_worse_than_plain(
-        lambda image, text: fused_siglip(image, text, sample_weights=weights),
-        lambda image, text: weighted(plain(image, text, 0.1, -10.0), weights, "mean"),
+        lambda image, text: (
+            fused_siglip(image, text, sample_weights=weights, ids=ids)
+            + fused_siglip(image, text, sample_weights=weights, false_negatives=out)
+        ),
+        lambda image, text: 2 * weighted(plain(image, text, 0.1, -10.0, out=out), weights, "mean"),
         *(randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype)),
     )
 
@@ -234,7 +284,11 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
     module = SigLIP(4.0, -3.0, **options).double()
     expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **options)
     torch.testing.assert_close(module(image, text), expected, rtol=1e-6, atol=0)
-    given: dict[str, Any] = {"sample_weights": randn(5, seed=2).exp()}
+    given: dict[str, Any] = {
+        "ids": torch.tensor([0, 1, 0, 1, 2]),
+        "false_negatives": torch.tensor([[3], [4]]),
+        "sample_weights": randn(5, seed=2).exp(),
+    }
     expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **given, **options)
     torch.testing.assert_close(module(image, text, **given), expected, rtol=1e-6, atol=0)
     for name, value in options.items():
@@ -252,6 +306,12 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
             {"sample_weights": torch.ones(4)},
             ValueError,
             r"sample_weights has shape \[4\] on cpu; it",
+        ),
+        ({"ids": torch.ones(4).long()}, ValueError, r"ids of image has shape \[4\] but image has"),
+        (
+            {"false_negatives": torch.ones(2, 2).bool()},
+            ValueError,
+            r"false_negatives has shape \[2, 2\] and .* must be \[2, E\] integers or \[3, 3\] bool",
         ),
         ({"reduction": "max"}, ValueError, "reduction is 'max'; it must be one of"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'; it must be one of"),
