@@ -17,6 +17,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.ring import add_up
 from hdc_kernels.distributed.rows import Rows, meet
+from hdc_kernels.entries import entries
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
@@ -60,9 +61,11 @@ def fused_sup_con(
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
         definition: see above.
-        positives: [2, E] integers instead of labels, the pairs (anchor, its positive). No anchor is its
+        positives: instead of labels, [2, E] integers, the pairs (anchor, its positive). No anchor is its
             own positive and no pair is listed twice; neither is checked. Costs one pass over all pairs and
-            O((B + E)·D) time and memory more, and a sort.
+            O((B + E)·D) time and memory more, and a sort. Or [B, B] bool (with `other` [B, N]), True for a pair; an
+            anchor's entry with itself does not count. That costs B·N bytes, whoever calls holds them, a search
+            through all of them, and a graph of `torch.compile` of its own.
         other: [N, D], what the anchors are compared with instead of each other; same D, dtype and device
             as `embeddings`. The pairs in `positives` are then of a row of `embeddings` and one of `other`.
         other_labels: [N] integers; needed with `labels` and `other`.
@@ -99,7 +102,9 @@ def fused_sup_con(
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     check_sample_weights(sample_weights, embeddings.shape[:1], embeddings.device)
+    holds_self = other is None or other_holds_self
     own = embeddings if other is None else other
+    pairs = None if positives is None else _pairs(positives, embeddings, own, holds_self)
     y: Columns = own
     columns = labels if other_labels is None else other_labels
     across: Rows | None = None
@@ -107,13 +112,12 @@ def fused_sup_con(
         across, others = meet(process_group, embeddings.device, len(embeddings), len(own))
         y = others.share(own)
         columns = None if columns is None else others.gather_integers(columns.long())
-    holds_self = other is None or other_holds_self
     problem = _Problem(embeddings, own, y, holds_self, temperature, normalize, backend)
     if labels is not None and columns is not None:
         terms, counts = _by_labels(problem, labels.long(), columns.long(), definition)
     else:
-        assert positives is not None
-        terms, counts = _by_list(problem, positives.long(), definition)
+        assert pairs is not None
+        terms, counts = _by_list(problem, pairs, definition)
     shares: Tensor | None = counts if definition == "each" else counts > 0
     if definition != "each" and without_positive == "zero":
         shares = None
@@ -248,10 +252,9 @@ def _sums_by_label(y: Tensor, y_labels: Tensor, x_labels: Tensor) -> Tensor:
 
 
 def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:
-    """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i."""
+    """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i, sorted."""
     x, y = problem.vectors()
-    order = (positives[0] * len(y) + positives[1]).argsort()  # that of a mask's entries
-    anchor, positive = positives = positives[:, order]
+    anchor, positive = positives
     logits = divide((x[anchor] * y[positive]).sum(-1), problem.temperature)
     zeros = logits.new_zeros(len(x))
     counts = torch.zeros_like(zeros, dtype=torch.long).index_add(0, anchor, torch.ones_like(anchor))
@@ -302,19 +305,13 @@ def _check(
         if other is not None and other_labels is not None:
             check_labels("other_labels", other_labels, "other", other)
         return
-    assert positives is not None
     if other_labels is not None:
         raise ValueError("other_labels is given with positives; they go with labels only")
-    if not isinstance(positives, Tensor):
-        raise TypeError(
-            f"positives is a {type(positives).__name__}; it must be a tensor of integers"
-        )
-    if positives.is_floating_point() or positives.is_complex() or positives.dtype == torch.bool:
-        raise TypeError(f"positives has dtype {positives.dtype}; it must be an integer one")
-    if positives.dim() != 2 or positives.shape[0] != 2:
-        raise ValueError(f"positives has shape {list(positives.shape)}; it must be [2, E]")
-    if positives.device != embeddings.device:
-        raise ValueError(
-            f"positives is on {positives.device} but embeddings on {embeddings.device}; "
-            "they must be equal"
-        )
+
+
+def _pairs(positives: Tensor, x: Tensor, y: Tensor, holds_self: bool) -> Tensor:
+    """The positives of x among y as a mask's entries."""
+    pairs = entries("positives", positives, (len(x), len(y)), x)
+    if holds_self and positives.dtype == torch.bool:
+        pairs = pairs[:, pairs[0] != pairs[1]]
+    return pairs

@@ -211,6 +211,17 @@ def test_positives_that_no_labels_describe(definition: Definition, backend: Back
             assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("others", ["themselves", "fewer", "memory"])
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_positives_as_a_matrix(definition: Definition, others: str) -> None:
+    """The same as its list; an anchor's entry with itself does not count."""
+    given = case(others)
+    arguments = {k: v for k, v in given.arguments.items() if not k.endswith("labels")}
+    matrix = given.positive | (torch.eye(*given.positive.shape) > 0 if given.holds_self else False)
+    found = fused_sup_con(given.x, definition=definition, positives=matrix, **arguments)
+    assert torch.equal(found, fused_sup_con(given.x, definition=definition, **listed(given)))
+
+
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_two_views_are_info_nce(definition: Definition) -> None:
     """With one positive each, all definitions agree."""
@@ -489,8 +500,16 @@ PAIRS = torch.tensor([[0], [1]])
         ({"labels": ONES, "other": [1]}, TypeError, "other is a list; it must be a tensor"),
         ({"positives": [[0], [1]]}, TypeError, "positives is a list; it must be a tensor of"),
         ({"positives": PAIRS.float()}, TypeError, "positives has dtype torch.float32; it must"),
-        ({"positives": PAIRS.bool()}, TypeError, "positives has dtype torch.bool; it must be"),
-        ({"positives": PAIRS.T}, ValueError, r"positives has shape \[1, 2\]; it must be \[2, E\]"),
+        (
+            {"positives": PAIRS.bool()},
+            ValueError,
+            r"positives has shape \[2, 1\] and dtype torch.bool; it must be .* or \[3, 3\] bool",
+        ),
+        (
+            {"positives": PAIRS.T},
+            ValueError,
+            r"positives has shape \[1, 2\] and dtype torch.int64; it must be \[2, E\] integers or",
+        ),
         (
             {"positives": PAIRS, "other": X, "other_labels": ONES},
             ValueError,
