@@ -351,6 +351,12 @@ class Contrast {
         return highest;
     }
 
+    // Ranks need the positives beforehand, from the same product as all others: ties are exact.
+    void find_positives() {
+        if (!group.ranks) return;
+        for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, own.panel);
+    }
+
     // Columns of one block that the positive does not beat; NaN beats nothing and is not beaten.
     void count_unbeaten(const T* values, int64_t columns) {
         if (!group.ranks) return;
@@ -374,12 +380,16 @@ class Contrast {
         return sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * a + std::log(sum);
     }
 
+    void finish_rank(int64_t row) {
+        if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
+    }
+
     // What is known of row i once Σ exp((S_ij − maximum) / τ) is.
     void finish_row(int64_t i, T highest, double sum) {
         const int64_t row = first + i;
         packed.row_lse[row] = log_of_sum(highest, row_scale, sum);
         group.row_lse[row] = packed.row_lse[row];
-        if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
+        finish_rank(row);
         group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
     }
 
@@ -490,8 +500,10 @@ class Contrast {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
             if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
+            find_positives();
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
+                count_unbeaten(own.panel, columns_of(block));
                 sigmoids(round_up(columns_of(block), V), saved);
                 if (!gradients) continue;
                 add_to_sums(own.panel, block);
@@ -500,6 +512,7 @@ class Contrast {
             for (int64_t i = 0; i < count; i++) {
                 if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
                 if (!saved) group.hits[first + i] = false, group.row_lse[first + i] = 0;  // without a meaning
+                finish_rank(first + i);
                 if (!gradients) continue;
                 group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_second + i * V));
                 finish_dx(i, 1, 0);
@@ -593,8 +606,7 @@ class Contrast {
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
-            if (group.ranks)  // needs the positives beforehand, from the same product as all others: ties are exact
-                for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, own.panel);
+            find_positives();
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 count_unbeaten(own.panel, columns_of(block));

@@ -17,7 +17,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.distributed.contrast import contrast_across
 from hdc_kernels.distributed.rows import Rows
-from hdc_kernels.positives import divide, embeddings, positive_logits
+from hdc_kernels.positives import accuracy, divide, embeddings, positive_logits
 from hdc_kernels.reduction import check_sample_weights, reduce
 
 
@@ -27,7 +27,8 @@ class InfoNCEMetrics(NamedTuple):
     loss: [..., B], the loss of every row, before `sample_weights`.
     accuracy: the share of rows whose positive is closer than every negative; float32, no dimension.
     rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
-    logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator.
+    logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator; DCL's has no
+        positive in it.
 
     With two directions (CLIP, `symmetric`), loss and logsumexp are the mean of both, accuracy and rank those of the
     first, from query to key.
@@ -109,9 +110,9 @@ class Options(NamedTuple):
         with torch.no_grad():
             own = key[..., : query.shape[-2], :]
             positive = positive_logits(query, own, self.temperature, normalize=self.normalize)
-            accuracy = (found.ranks == 0).float().mean()
         lse = found.terms.view(shape) + positive.view(shape)
-        return value, InfoNCEMetrics(terms.view(shape), accuracy, found.ranks.view(shape), lse)
+        ranks = found.ranks.view(shape)
+        return value, InfoNCEMetrics(terms.view(shape), accuracy(ranks), ranks, lse)
 
 
 def cross_entropy(

@@ -1,6 +1,7 @@
 """SigLIP's sigmoid loss (Zhai et al. 2023): whether an image and a text belong together, pair by pair."""
 
 import math
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,58 @@ from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.false_negatives import Ids, without_false_negatives
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import Columns, softplus_sum
-from hdc_kernels.positives import positive_logits
+from hdc_kernels.pairwise import Columns, sums
+from hdc_kernels.positives import accuracy, positive_logits
 from hdc_kernels.reduction import check_sample_weights, reduce
+
+
+class SigLIPMetrics(NamedTuple):
+    """What to log of one step, detached. There is no logsumexp: the loss has no softmax.
+
+    loss: [B], the loss of every image, before `sample_weights`.
+    accuracy: the share of images whose text is closer than all others that count; float32, no dimension.
+    rank: [B] int64, how many of these are at least as close as the image's own: 0 is a hit.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    rank: Tensor
+
+
+@overload
+def fused_siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    bias: float | Tensor = ...,
+    ids: Ids | None = ...,
+    false_negatives: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    bias: float | Tensor = ...,
+    ids: Ids | None = ...,
+    false_negatives: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, SigLIPMetrics]: ...
 
 
 def fused_siglip(
@@ -39,7 +89,8 @@ def fused_siglip(
     normalize: bool = True,
     backend: Backend = "auto",
     process_group: ProcessGroups | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, SigLIPMetrics]:
     """−Σ_j log σ(z_ij·(sim(image_i, text_j)/τ + b)) with cosine similarity; z_ij is 1 if i = j, otherwise −1.
 
     Args:
@@ -56,9 +107,12 @@ def fused_siglip(
             one value per image, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend, process_group: as in `fused_info_nce`.
+        return_metrics: also return every image's loss, the rank of its text and the accuracy, out of the same pass
+            (on a GPU, ranks take another one without gradients).
 
     Returns:
-        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others.
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. With
+        `return_metrics` a pair of it and `SigLIPMetrics`.
         A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
 
     Raises:
@@ -85,20 +139,29 @@ def fused_siglip(
         rows, columns = meet(process_group, image.device, len(image), len(text))
         texts, mask = columns.share(text), mask_across(columns, mask)
     summed = rows is None and sample_weights is None
-    negatives = softplus_sum(
+    negatives = sums(
+        "softplus",
         image,
         texts,
-        bias,
+        bias=bias,
         temperature=temperature,
         normalize=normalize,
         mask=mask,
         reduction=reduction if summed else "none",
+        ranked=return_metrics,
         backend=backend,
     )
     positives = -F.logsigmoid(positive + bias)
     if summed:
-        return negatives + reference.reduce(positives, reduction)
-    return reduce(negatives + positives, reduction, sample_weights, rows)
+        value = negatives.value + reference.reduce(positives, reduction)
+    else:
+        value = reduce(negatives.value + positives, reduction, sample_weights, rows)
+    if not return_metrics:
+        return value
+    ranks = negatives.ranks
+    assert ranks is not None
+    terms = negatives.terms + positives.detach()
+    return value, SigLIPMetrics(terms, accuracy(ranks), ranks)
 
 
 class SigLIP(Loss):
@@ -150,7 +213,7 @@ class SigLIP(Loss):
         sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_siglip`."""
-        return fused_siglip(
+        loss: Tensor = fused_siglip(
             image,
             text,
             temperature=(-self.logit_scale).exp(),
@@ -160,3 +223,4 @@ class SigLIP(Loss):
             sample_weights=sample_weights,
             **self.options,
         )
+        return loss

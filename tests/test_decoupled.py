@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hdc_kernels.cross_entropy import InfoNCEMetrics
 from hdc_kernels.decoupled import DCL, DCLW, fused_dcl, fused_dclw
 from hdc_kernels.nt_xent import fused_nt_xent
 
@@ -124,6 +125,30 @@ def test_nt_xent_is_dcl_with_the_positive_in_the_denominator() -> None:
     torch.testing.assert_close(decoupled.exp().log1p(), together, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "chunked"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [fused_dcl, fused_dclw])
+def test_metrics(loss: Any, reduction: Any, backend: Any) -> None:
+    """Of every row: its loss, the rank of its positive, and the denominator; the value stays."""
+    first, second = randn(7, 4), randn(7, 4) + randn(7, 4, seed=1)
+    first[2] = first[5]
+    options: dict[str, Any] = {"reduction": reduction, "backend": backend}
+    value, metrics = loss(first, second, return_metrics=True, **options)
+    torch.testing.assert_close(value, loss(first, second, **options), rtol=1e-13, atol=0)
+    assert isinstance(metrics, InfoNCEMetrics)
+    weights = von_mises(first, second, 0.5) if loss is fused_dclw else 1.0
+    terms = plain(first, second, 0.1, weights, "none")
+    torch.testing.assert_close(metrics.loss, terms, rtol=1e-12, atol=1e-14)
+    z = F.normalize(torch.cat((first, second)), dim=-1)
+    sample = torch.arange(7).repeat(2)
+    s = (z @ z.mT / 0.1).masked_fill(sample[:, None] == sample, -math.inf)
+    torch.testing.assert_close(metrics.logsumexp, s.logsumexp(1).view(2, 7), rtol=1e-12, atol=0)
+    ranks = (s >= (z * z.roll(7, 0)).sum(1, keepdim=True) / 0.1).sum(1)
+    assert 0 < (ranks == 0).sum() < 14
+    assert metrics.rank.tolist() == ranks.view(2, 7).tolist()
+    assert metrics.accuracy.item() == pytest.approx((ranks == 0).double().mean().item())
+
+
 @pytest.mark.parametrize("loss", [fused_dcl, fused_dclw])
 def test_one_sample_is_refused(loss: Any) -> None:
     """It has no negatives, and their sum no logarithm."""
@@ -164,6 +189,9 @@ def test_compiled_equals_eager() -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     agree(compiled, loss, *views, randn(6, seed=2).exp())
+    compiled = torch.compile(fused_dcl, fullgraph=True, backend="aot_eager")
+    found, expected = (f(*views, return_metrics=True) for f in (compiled, fused_dcl))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1])

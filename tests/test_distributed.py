@@ -517,6 +517,19 @@ def metrics(rank: int, world_size: int) -> None:
             torch.testing.assert_close(found.loss, whole.loss.split(sizes)[rank])
             assert torch.equal(found.rank, whole.rank.split(sizes)[rank])
             assert found.accuracy == (found.rank == 0).float().mean()
+        for loss, options in (
+            (fused_siglip, {}),
+            (fused_siglip, {"ids": labels}),
+            (fused_dcl, {}),
+            (fused_dclw, {}),
+        ):
+            rest = {name: t.split(sizes)[rank] for name, t in options.items()}
+            parts = [t.split(sizes)[rank] for t in (x, y)]
+            _, whole = loss(x, y, return_metrics=True, **options)
+            _, found = loss(*parts, return_metrics=True, process_group=group, **rest)
+            for ours, exact in zip(found, whole, strict=True):
+                if ours.dim():  # an accuracy is that of this rank's rows
+                    torch.testing.assert_close(ours, exact.split(sizes, -1)[rank])
         _, expected = fused_info_nce(
             *(t.split(sizes)[rank] for t in (x, y)), return_metrics=True, process_group=group
         )

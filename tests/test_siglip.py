@@ -12,7 +12,7 @@ from equations import relative_error
 from torch import Tensor
 
 from hdc_kernels.checks import FLOATING, Backend, Reduction
-from hdc_kernels.siglip import SigLIP, fused_siglip
+from hdc_kernels.siglip import SigLIP, SigLIPMetrics, fused_siglip
 
 BACKENDS = [b for b in get_args(Backend) if b != "triton"]
 REDUCTIONS = get_args(Reduction)
@@ -127,6 +127,43 @@ def test_texts_that_do_not_count(how: str, reduction: Reduction, backend: Backen
     agree(ours, exact, randn(5, 4), randn(7, 4, seed=1), scalar(0.3), scalar(-1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_metrics(masked: bool, reduction: Reduction, backend: Backend, dtype: torch.dtype) -> None:
+    """Terms before weights, ranks among the texts that count, also where one is there twice; the value stays."""
+    image, text = randn(9, 4, dtype=dtype), randn(200, 4, seed=1, dtype=dtype)
+    text[:9] += 2 * image
+    text[150] = text[3]
+    ids = (torch.arange(9) % 4, torch.arange(200) % 11)
+    options: dict[str, Any] = {"sample_weights": torch.arange(1.0, 10.0), "reduction": reduction}
+    options |= {"ids": ids, "backend": backend} if masked else {"backend": backend}
+    value, metrics = fused_siglip(image, text, return_metrics=True, **options)
+    assert isinstance(metrics, SigLIPMetrics)
+    assert torch.equal(value, fused_siglip(image, text, **options))
+    assert not metrics.loss.requires_grad
+    out = masked * (ids[0][:, None] == ids[1]) * ~torch.eye(9, 200, dtype=torch.bool)
+    exact = plain(image.double(), text.double(), 0.1, -10.0, out=out)
+    torch.testing.assert_close(metrics.loss.double(), exact, rtol=1e-5, atol=0)
+    cosines = F.normalize(image.double(), dim=1) @ F.normalize(text.double(), dim=1).mT
+    ranks = ((cosines >= cosines.diagonal()[:, None] - 1e-9) & ~out).sum(1) - 1
+    assert 0 < (ranks == 0).sum() < 9
+    assert metrics.rank.tolist() == ranks.tolist()
+    assert metrics.accuracy.item() == pytest.approx((ranks == 0).double().mean().item())
+    assert metrics.accuracy.dtype == torch.float32
+
+
+def test_a_nan_is_no_hit() -> None:
+    """It beats no text, and no image beats a text of NaN."""
+    image, text = randn(4, 3), randn(4, 3, seed=1)
+    image[1] = math.nan
+    _, metrics = fused_siglip(image, text, return_metrics=True)
+    assert metrics.rank[1] == 3
+    _, metrics = fused_siglip(text, image, return_metrics=True)
+    assert (metrics.rank[[0, 2, 3]] > 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(reduction: Reduction) -> None:
     """First and second derivatives for image, text, temperature and bias."""
@@ -160,6 +197,9 @@ def test_gradcheck_and_compiled_with_options() -> None:
     assert torch.autograd.gradgradcheck(loss, inputs)
     torch.compiler.reset()
     agree(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *inputs)
+    compiled = torch.compile(fused_siglip, fullgraph=True, backend="aot_eager")
+    found, expected = (f(*inputs[:2], return_metrics=True) for f in (compiled, fused_siglip))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_compiled_equals_eager() -> None:
