@@ -3,6 +3,8 @@
 import math
 from typing import Any, get_args
 
+import info_nce
+import peer_imports
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,27 @@ def test_without_weights_it_is_info_nce() -> None:
             ours = fused_hn_nce(query, key, temperature=tau, beta=0.0, symmetric=symmetric)
             same = fused_info_nce(query, key, temperature=tau, symmetric=symmetric)
             assert relative_error(ours, same) < 1e-12
+
+
+def test_without_weights_it_is_other_packages_losses() -> None:
+    """info-nce-pytorch's; and HCL of two views lightly's NT-Xent. No package has the weights."""
+    query, key = randn(6, 5), randn(6, 5, seed=1)
+    agree(
+        lambda *pair: fused_hn_nce(*pair, temperature=0.3, beta=0.0),
+        lambda *pair: info_nce.info_nce(*pair, temperature=0.3),
+        *(query, key),
+    )
+    agree(
+        lambda a, b: fused_hn_nce(
+            torch.cat((a, b)),
+            torch.cat((b, a)),
+            temperature=0.3,
+            beta=0.0,
+            labels=torch.arange(6).repeat(2),
+        ),
+        peer_imports.lightly().NTXentLoss(0.3),
+        *(query, key),
+    )
 
 
 def test_two_views_as_in_hcl() -> None:
