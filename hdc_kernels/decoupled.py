@@ -113,9 +113,6 @@ def fused_dcl(
             f"first has shape {list(first.shape)}; B must be at least 2, for the only negatives are other "
             "samples and a sum over none of them has no logarithm"
         )
-    positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
-    if weights is not None:
-        positive = positive * weights.to(positive.dtype)
     rows = torch.cat((first, second))
     # A rank is that of the positive in the diagonal; without ranks, one copy of both views is enough.
     others = torch.cat((second, first)) if return_metrics else rows
@@ -138,6 +135,10 @@ def fused_dcl(
         ranked=return_metrics,
         backend=backend,
     )
+    # Made last: what autograd keeps of it would lie beside the scratch of the sums.
+    positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
+    if weights is not None:
+        positive = positive * weights.to(positive.dtype)
     if summed and reduction != "none":
         value = negatives.value - reference.reduce(positive, reduction)
     else:

@@ -220,6 +220,9 @@ def _by_labels(
     if problem.holds_self:
         counts = counts - 1
     if definition == "out":
+        lse = (
+            problem.logsumexp()
+        )  # first: what autograd keeps of the rest is then gone when its gradient is made
         x, y = problem.vectors()
         # The mean of products is one with the mean positive.
         if isinstance(problem.y, Tensor):
@@ -232,7 +235,7 @@ def _by_labels(
         if problem.holds_self:
             own = own - y[: len(x)]
         mean = divide((x * own).sum(-1) / counts.clamp_min(1), problem.temperature)
-        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
+        return torch.where(counts > 0, lse - mean, 0.0), counts
     ids = x_labels.unsqueeze(0), y_labels.unsqueeze(0)
     negative = problem.logsumexp(ids=ids)
     if definition == "in":
@@ -243,6 +246,9 @@ def _by_labels(
 
 def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:
     """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i, sorted."""
+    # First, as above. Positives are not subtracted from a sum over all: that would leave rounding errors where they
+    # are most of it.
+    lse = problem.logsumexp(left_out=None if definition == "out" else positives)
     x, y = problem.vectors()
     anchor, positive = positives
     logits = divide((x[anchor] * y[positive]).sum(-1), problem.temperature)
@@ -250,14 +256,12 @@ def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tu
     counts = torch.zeros_like(zeros, dtype=torch.long).index_add(0, anchor, torch.ones_like(anchor))
     if definition == "out":
         mean = zeros.index_add(0, anchor, logits) / counts.clamp_min(1)
-        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
-    # To subtract the positives from a sum over all would leave rounding errors where they are most of it.
-    negative = problem.logsumexp(left_out=positives)
+        return torch.where(counts > 0, lse - mean, 0.0), counts
     if definition == "each":
-        return zeros.index_add(0, anchor, info_nce_terms(negative[anchor], logits)), counts
+        return zeros.index_add(0, anchor, info_nce_terms(lse[anchor], logits)), counts
     largest = zeros.scatter_reduce(0, anchor, logits.detach(), "amax", include_self=False)
     sums = zeros.index_add(0, anchor, (logits - largest[anchor]).exp())
-    return _log_share(torch.where(counts > 0, sums, 1.0).log() + largest, negative, counts), counts
+    return _log_share(torch.where(counts > 0, sums, 1.0).log() + largest, lse, counts), counts
 
 
 def _log_share(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
