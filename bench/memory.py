@@ -6,6 +6,9 @@ What counts is the growth of the peak resident memory (VmHWM) over the state aft
 warm-up. The warm-up is of a tiny batch, so that nothing of the full size can be left over from it; what must
 compile for its shape is warmed up at full size, and what it freed is given back to the system as far as the
 allocator does so: its figure is a lower bound.
+
+Large blocks go back to the system as soon as they are freed. By default glibc learns to keep those of up to 32 MiB, and
+its peak then depends on where they came to lie: up to 80 MiB more, different from run to run.
 """
 
 import ctypes
@@ -28,6 +31,7 @@ from contenders import Case, Contender
 from measure import NOT_ASKED, reason, step, store
 
 TINY = 16
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 # Forked from a process that has imported PyTorch and done nothing else: as fresh as a new one, and at once.
 PROCESSES = multiprocessing.get_context("fork")
 
@@ -48,6 +52,8 @@ def measure_apart(contender: Contender, case: Case, threads: int) -> dict[str, A
 
 def _report(sender: Connection, contender: Contender, case: Case, threads: int) -> None:
     torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
     try:
         sender.send(measure(contender, case))
     except Exception as error:  # a peer's failure is a result

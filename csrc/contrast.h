@@ -41,7 +41,7 @@ struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embe
     void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
     void* terms;           // [T]                                    written by FORWARD, STEP
     uint8_t* hits;         // [T]: the positive beats all negatives  written by FORWARD, STEP
-    int64_t* ranks;        // [T] or null: how many negatives it does not beat, as hits
+    int64_t* ranks;        // [T] or null: how many columns the diagonal does not beat, as hits; not where it is one
     double* lse;           // [T], symmetric and TILTED [2, T]       written by FORWARD, STEP; read by BACKWARD
     const void* upstream;  // [T]                                    read by BACKWARD
     void* d_temperature;   // [1]                                    written by BACKWARD, STEP

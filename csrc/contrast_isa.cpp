@@ -39,7 +39,7 @@ struct Team {
     void lay_out(const HdcProblem& problem, const HdcCall& call) {
         scratch.rewind();
         packed.lay_out(scratch, problem, call);
-        for (Private<T>& thread : own) thread.lay_out(scratch, problem, call, int(own.size()));
+        for (Private<T>& thread : own) thread.lay_out(scratch, problem, call, int(own.size()), &thread == &own.front());
     }
 
     bool allocate(int threads, const HdcCall& call, const HdcProblem* problems) {
@@ -90,6 +90,7 @@ class Calculation {
     void run(const Item& item, Team<T>& team) const {
         team.lay_out(*item.problem, call);
         const Group<T> group = group_of(item);
+        if (team.own.front().in_place) team.own.front().dy = static_cast<T*>(group.dy.data);
         const int wanted = int(team.own.size());
         const bool saved = call.task == HDC_BACKWARD, softplus = call.function == HDC_SOFTPLUS;
         const bool one_pass = call.task == HDC_STEP && !call.symmetric && call.function != HDC_TILTED;

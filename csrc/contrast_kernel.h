@@ -27,7 +27,8 @@
 // bfloat16 and two of them multiplied at a time (vdpbf16ps). What is not a product stays as it is: norms,
 // positives, exponentials and their sums. It pays where the instruction is faster than two multiply-adds.
 //
-// Memory: copies of X̂ and Ŷ in the layouts that the products want, one panel and one dŶ for each thread.
+// Memory: copies of X̂ and Ŷ in the layouts that the products want, a panel for each thread, and a dŶ for each but
+// the first, which adds up in the caller's where that is laid out as the products write.
 // Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
 // 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
 // in a fixed order, so a result depends on the number of threads but not on chance.
@@ -49,7 +50,7 @@ constexpr double ZERO_NORM = 1e-12;  // as in hdc_kernels/reference.py
 constexpr double LOG2E = 1.4426950408889634;
 constexpr long double LOG2E_FULL = 1.442695040888963407359924681L, LN2 = 0.693147180559945309417232121L;
 constexpr int64_t PANEL_ROWS = 256;
-constexpr int64_t PANEL_BYTES = 64 << 20;  // above this, panels get fewer rows
+constexpr int64_t PANEL_BYTES = 18 << 20;  // above this, panels get fewer rows: 128 of 32,768 float columns
 constexpr int64_t BLOCK = 128;
 
 template <typename T>
@@ -100,7 +101,7 @@ struct Packed {
     static constexpr int64_t W = TILE_WIDTH<T>;
 
     int64_t width, stride;                // of a row: D rounded up to whole vectors; see row_stride
-    T *x, *y;                             // [rows, stride]; [columns, stride]
+    T *x, *y;                             // [rows, stride]; [columns, stride]: the same where the embeddings are
     T* y_transposed;                      // [columns / W, width, W], or with PAIRS [columns / W, width / 2, W]
     int64_t half_stride;                  // of a row of pairs of neighbours
     T *x_pairs, *y_pairs;                 // with PAIRS: [rows, half_stride]; [columns / 2, stride]
@@ -110,14 +111,21 @@ struct Packed {
     double *tilt_lse;                     // TILTED: log Σ exp(β S); row_lse is that of (1 + β) S
     double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
 
+    // Whether everything is compared with itself.
+    static bool is_one(const HdcProblem& p) {
+        return p.x.data == p.y.data && p.rows == p.columns && p.x.group_stride == p.y.group_stride &&
+               p.x.row_stride == p.y.row_stride && p.x.column_stride == p.y.column_stride;
+    }
+
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call) {
         const bool symmetric = call.symmetric, pairs = call.bfloat16;
         width = round_up(problem.width, pairs ? 2 * LANES<T> : LANES<T>);
         stride = row_stride<T>(width);
         half_stride = row_stride<T>(width / 2);
         const int64_t columns = round_up(problem.columns, W);
-        scratch.take(x, problem.rows * stride);
         scratch.take(y, columns * stride);
+        if (is_one(problem)) x = y;
+        else scratch.take(x, problem.rows * stride);
         scratch.take(y_transposed, columns * width);
         scratch.take(x_pairs, pairs ? problem.rows * half_stride : 0);
         scratch.take(y_pairs, pairs ? columns / 2 * stride : 0);
@@ -140,19 +148,24 @@ struct Private {
     T* sums;        // [panel_rows, stride]: O
     T* weighted;    // [panel_rows, stride]: STEP: the panel of X̂, times what its rows weigh
     T* pairs;       // with PAIRS: a block's coefficients, or LANES rows of Ŷ, rounded
-    T* dy;          // [columns, stride]
+    T* dy;          // [columns, dy_stride]: scratch; the first thread's is the caller's, where it fits
+    int64_t dy_stride;
     T* gradient;    // [width]: one row
     T *row_maximum, *row_sum;  // [panel_rows, LANES]: lanes are reduced once a panel
     T* row_second;             // [panel_rows, LANES]: SOFTPLUS: the sums of σ; TILTED: those of exp(β (S − maximum))
     T* diagonal;               // [panel_rows]: S_ii τ out of the same product as the rest of the row
     T *column_maximum, *column_sum;         // [columns]
     bool has_dy;                            // whether any row of this group was its own
+    bool in_place;                          // whether dy is the caller's, which `run` knows
     double total = 0, d_temperature = 0;    // sums over all groups that this thread saw
 
-    void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads) {
+    void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call, int threads, bool is_first) {
         const int64_t width = round_up(problem.width, call.bfloat16 ? 2 * LANES<T> : LANES<T>);
         const int64_t stride = row_stride<T>(width), columns = round_up(problem.columns, LANES<T>);
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric, dys = gradients && problem.dy.data;
+        const bool as_computed = call.task == HDC_STEP || call.dtype == HDC_FLOAT64 || call.dtype == HDC_FLOAT32;
+        in_place = is_first && dys && as_computed && problem.dy.column_stride == 1 && width == problem.width;
+        dy_stride = in_place ? problem.dy.row_stride : stride;
         const bool softplus = call.function == HDC_SOFTPLUS, tilted = call.function == HDC_TILTED;
         const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted;
         const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
@@ -168,7 +181,7 @@ struct Private {
         scratch.take(diagonal, panel_rows);
         scratch.take(sums, gradients ? panel_rows * stride : 0);
         scratch.take(weighted, dys ? panel_rows * stride : 0);
-        scratch.take(dy, dys ? problem.columns * stride : 0);
+        scratch.take(dy, dys && !in_place ? problem.columns * stride : 0);
         scratch.take(gradient, gradients ? stride : 0);
         scratch.take(pairs, call.bfloat16 ? std::max(panel_rows * BLOCK_STRIDE<T>, LANES<T> * stride) : 0);
         scratch.take(column_maximum, symmetric ? columns : 0);
@@ -324,7 +337,7 @@ class Contrast {
         const int64_t steps = ELEMENTS == PAIRS ? (count + 1) / 2 : count;
         for (int64_t d = 0; d < packed.width; d += W)
             multiply<T, BY_STEP, ELEMENTS>(columns, packed.width - d, left, {rows + d, packed.stride}, steps,
-                                           own.dy + block * BLOCK * packed.stride + d, packed.stride, first > begin);
+                                           own.dy + block * BLOCK * own.dy_stride + d, own.dy_stride, first > begin);
     }
 
     // The panel of X̂, each row times its factor.
@@ -351,6 +364,12 @@ class Contrast {
         return highest;
     }
 
+    // Ranks need the positives beforehand, from the same product as all others: ties are exact.
+    void find_positives() {
+        if (!group.ranks) return;
+        for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, own.panel);
+    }
+
     // Columns of one block that the positive does not beat; NaN beats nothing and is not beaten.
     void count_unbeaten(const T* values, int64_t columns) {
         if (!group.ranks) return;
@@ -374,12 +393,16 @@ class Contrast {
         return sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * a + std::log(sum);
     }
 
+    void finish_rank(int64_t row) {
+        if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
+    }
+
     // What is known of row i once Σ exp((S_ij − maximum) / τ) is.
     void finish_row(int64_t i, T highest, double sum) {
         const int64_t row = first + i;
         packed.row_lse[row] = log_of_sum(highest, row_scale, sum);
         group.row_lse[row] = packed.row_lse[row];
-        if (group.ranks) group.ranks[row] = std::min(group.ranks[row], group.columns - 1);  // NaN does not beat itself
+        finish_rank(row);
         group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
     }
 
@@ -450,7 +473,7 @@ class Contrast {
                 packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
                 packed.positive[j] = sum_of_lanes<double>(xy) * packed.x_inverse[j] * packed.y_inverse[j];
                 scale_row(x, packed.x_inverse[j], unit_x);
-                scale_row(y, packed.y_inverse[j], unit_y);
+                if (unit_x != unit_y) scale_row(y, packed.y_inverse[j], unit_y);
             } else {
                 const T* row = has_x ? read(group.x, j, unit_x) : read(group.y, j, unit_y);
                 double& inverse = has_x ? packed.x_inverse[j] : packed.y_inverse[j];
@@ -490,8 +513,10 @@ class Contrast {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
             if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
+            find_positives();
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
+                count_unbeaten(own.panel, columns_of(block));
                 sigmoids(round_up(columns_of(block), V), saved);
                 if (!gradients) continue;
                 add_to_sums(own.panel, block);
@@ -500,6 +525,7 @@ class Contrast {
             for (int64_t i = 0; i < count; i++) {
                 if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
                 if (!saved) group.hits[first + i] = false, group.row_lse[first + i] = 0;  // without a meaning
+                finish_rank(first + i);
                 if (!gradients) continue;
                 group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_second + i * V));
                 finish_dx(i, 1, 0);
@@ -593,8 +619,7 @@ class Contrast {
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
             count = std::min(own.panel_rows, rows.end - first);
             start_rows();
-            if (group.ranks)  // needs the positives beforehand, from the same product as all others: ties are exact
-                for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, own.panel);
+            find_positives();
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 count_unbeaten(own.panel, columns_of(block));
@@ -762,12 +787,11 @@ class Contrast {
             const bool has_positive = positives && j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
             const T* x = x_row(has_positive ? j : 0);
-            const int64_t at = j * packed.stride;
             finish_gradient(
                 [=](int64_t d) {
                     Vector<T> sum = -weight * load(x + d);
                     for (const Private<T>& thread : threads)
-                        if (thread.has_dy) sum += load(thread.dy + at + d);
+                        if (thread.has_dy) sum += load(thread.dy + j * thread.dy_stride + d);
                     return sum * T(scale);
                 },
                 y_row(j), packed.y_inverse[j], group.dy, j);

@@ -11,7 +11,7 @@ from hdc_kernels.in_chunks import InChunks
 from hdc_kernels.info_nce import InfoNCE, fused_info_nce
 from hdc_kernels.moco import MoCo, Queue, fused_moco
 from hdc_kernels.nt_xent import NTXent, fused_nt_xent
-from hdc_kernels.siglip import SigLIP, fused_siglip
+from hdc_kernels.siglip import SigLIP, SigLIPMetrics, fused_siglip
 from hdc_kernels.sup_con import SupCon, fused_sup_con
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "NTXent",
     "Queue",
     "SigLIP",
+    "SigLIPMetrics",
     "SupCon",
     "augment_clips",
     "fused_clip",

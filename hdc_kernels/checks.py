@@ -80,13 +80,8 @@ def check_pair(
             raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
         if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
             raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
+    check_alike(names, pair)
     query, key = pair
-    for what in ("dtype", "device"):
-        ours, theirs = getattr(query, what), getattr(key, what)
-        if ours != theirs:
-            raise ValueError(
-                f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"
-            )
     more = extra_rows and key.dim() == query.dim() and key.shape[-2] > query.shape[-2]
     if key.shape != (
         query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:] if more else query.shape
@@ -96,6 +91,16 @@ def check_pair(
             f"{names[1]} has shape {_shape(key)} but {names[0]} has {_shape(query)}; "
             f"{allowed}they must be equal"
         )
+
+
+def check_alike(names: tuple[str, str], pair: tuple[Tensor, Tensor]) -> None:
+    """Tensors of one dtype and device."""
+    for what in ("dtype", "device"):
+        ours, theirs = (getattr(tensor, what) for tensor in pair)
+        if ours != theirs:
+            raise ValueError(
+                f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"
+            )
 
 
 def check_weights(

@@ -104,7 +104,7 @@ def fused_clip(
         label_smoothing,
         return_metrics,
     )
-    options.check(image.shape[:1], image.device)
+    options.check(image.shape[:1], image.device, ids=ids, false_negatives=false_negatives)
     mask = without_false_negatives(
         ids,
         false_negatives,
@@ -112,7 +112,6 @@ def fused_clip(
         image,
         text,
         grouped=process_group is not None,
-        label_smoothing=label_smoothing,
     )
     rows: Rows | None = None
     if process_group is not None:

@@ -17,7 +17,7 @@ from hdc_kernels.checks import (
 from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.distributed.contrast import contrast_across
 from hdc_kernels.distributed.rows import Rows
-from hdc_kernels.positives import divide, embeddings, positive_logits
+from hdc_kernels.positives import accuracy, divide, embeddings, positive_logits
 from hdc_kernels.reduction import check_sample_weights, reduce
 
 
@@ -27,7 +27,8 @@ class InfoNCEMetrics(NamedTuple):
     loss: [..., B], the loss of every row, before `sample_weights`.
     accuracy: the share of rows whose positive is closer than every negative; float32, no dimension.
     rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
-    logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator.
+    logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator; DCL's has no
+        positive in it.
 
     With two directions (CLIP, `symmetric`), loss and logsumexp are the mean of both, accuracy and rank those of the
     first, from query to key.
@@ -53,13 +54,20 @@ class Options(NamedTuple):
     label_smoothing: float
     return_metrics: bool
 
-    def check(self, shape: torch.Size, device: torch.device, views: int = 1) -> None:
-        """For samples of this shape. Raises TypeError or ValueError."""
+    def check(
+        self, shape: torch.Size, device: torch.device, views: int = 1, **leaving_out: object
+    ) -> None:
+        """For samples of this shape, and beside options that leave columns out. Raises TypeError or ValueError."""
         check_temperature(self.temperature)
         check_choice("reduction", self.reduction, Reduction)
         check_choice("backend", self.backend, Backend)
         check_sample_weights(self.sample_weights, shape, device, views=views)
         check_label_smoothing(self.label_smoothing)
+        for option, given in leaving_out.items():
+            if given is not None and self.label_smoothing:
+                raise ValueError(
+                    f"label_smoothing is {self.label_smoothing} but {option} leave columns out; it must be 0"
+                )
 
     def primitive(self) -> dict[str, Any]:
         """For `contrast` and `logsumexp`."""
@@ -91,7 +99,9 @@ class Options(NamedTuple):
             divisor = count if self.reduction == "mean" else 1
             value = value + (excess.sum() / divisor if summed else excess)
         if not summed:
-            value = reduce(value.view(shape), self.reduction, self.sample_weights, queries, count)
+            value = reduce(
+                value.view(shape), self.reduction, self.sample_weights, queries, count=count
+            )
         elif queries is not None:
             value = queries.total(value)
         if not self.return_metrics:
@@ -100,9 +110,9 @@ class Options(NamedTuple):
         with torch.no_grad():
             own = key[..., : query.shape[-2], :]
             positive = positive_logits(query, own, self.temperature, normalize=self.normalize)
-            accuracy = (found.ranks == 0).float().mean()
         lse = found.terms.view(shape) + positive.view(shape)
-        return value, InfoNCEMetrics(terms.view(shape), accuracy, found.ranks.view(shape), lse)
+        ranks = found.ranks.view(shape)
+        return value, InfoNCEMetrics(terms.view(shape), accuracy(ranks), ranks, lse)
 
 
 def cross_entropy(
@@ -164,11 +174,10 @@ def compare(
     """`contrast`, with the keys of all ranks if there are `keys` of others."""
     if queries is None or keys is None:
         return contrast([(query, key)], mask=mask, **arguments)
-    ids = None if mask.ids is None else (mask.ids[0].squeeze(0), mask.ids[1].squeeze(0))
     if query.dim() == 3:  # they are exchanged by rows
         query, key = query.transpose(0, 1), key.transpose(0, 1)
     return contrast_across(
-        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), ids=ids, **arguments
+        queries, keys, [(query, key)], rows_first=int(query.dim() == 3), mask=mask, **arguments
     )
 
 

@@ -1,6 +1,7 @@
 """Decoupled contrastive learning (Yeh et al. 2022): NT-Xent without the positive in the denominator."""
 
 import math
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +16,45 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.cross_entropy import InfoNCEMetrics, Result
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import Columns, logsumexp
-from hdc_kernels.positives import positive_logits
+from hdc_kernels.pairwise import Columns, sums
+from hdc_kernels.positives import accuracy, positive_logits
+from hdc_kernels.reduction import check_sample_weights, reduce
+
+
+@overload
+def fused_dcl(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_dcl(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, InfoNCEMetrics]: ...
 
 
 def fused_dcl(
@@ -28,11 +63,13 @@ def fused_dcl(
     *,
     temperature: float | Tensor = 0.1,
     weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
     process_group: ProcessGroups | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Result:
     """−w_i·sim(z_i, z_p)/τ + log Σ_j exp(sim(z_i, z_j)/τ) for all 2B rows z of both views.
 
     z_p is the other view of the sample of z_i. The sum is over the 2B − 2 rows of the other samples, of both
@@ -43,13 +80,17 @@ def fused_dcl(
         second: [B, D], the other views: `second[i]` belongs to `first[i]`. Same dtype and device.
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
-        weights: the paper's w, [B] for both views of a sample or [2, B] for every row; 1 if not given.
+        weights: the paper's w, of the positives: [B] for both views of a sample or [2, B] for every row; 1 if not
+            given.
+        sample_weights: of the terms, in either of these shapes; as in `fused_info_nce`.
         reduction: "mean" over the 2B rows, their "sum", or "none" for one value per row, [2, B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend, process_group: as in `fused_info_nce`. B ≥ 2 is then that of all ranks together.
+        return_metrics: as in `fused_info_nce`, of all rows, [2, B].
 
     Returns:
-        A scalar, or [2, B] for "none"; float64 for float64 inputs, float32 for all others.
+        A scalar, or [2, B] for "none"; float64 for float64 inputs, float32 for all others. With
+        `return_metrics` a pair of it and `InfoNCEMetrics`.
         A NaN in the input gives a NaN loss. A zero vector has similarity 0 and gradient 0.
 
     Raises:
@@ -62,6 +103,8 @@ def fused_dcl(
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
     batch = first.shape[0]
+    for name, given in (("weights", weights), ("sample_weights", sample_weights)):
+        check_sample_weights(given, (batch,), first.device, name=name, views=2)
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, first.device, batch)
@@ -70,32 +113,75 @@ def fused_dcl(
             f"first has shape {list(first.shape)}; B must be at least 2, for the only negatives are other "
             "samples and a sum over none of them has no logarithm"
         )
-    positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
-    if weights is not None:
-        _check_weights(weights, first)
-        positive = positive * weights.to(positive.dtype)
     rows = torch.cat((first, second))
-    columns: Columns = rows
+    # A rank is that of the positive in the diagonal; without ranks, one copy of both views is enough.
+    others = torch.cat((second, first)) if return_metrics else rows
+    columns: Columns = others
     samples = everybody = torch.arange(batch, device=first.device).repeat(2)
     if across is not None:
         views = across.times(2)
-        columns, samples = views.share(rows), across.numbers(first.device)[:batch].repeat(2)
+        columns, samples = views.share(others), across.numbers(first.device)[:batch].repeat(2)
         everybody = views.gather_integers(samples)
     ids = samples.unsqueeze(0), everybody.unsqueeze(0)
-    lse = logsumexp(
+    summed = across is None and sample_weights is None
+    negatives = sums(
+        "logsumexp",
         rows,
         columns,
         temperature=temperature,
         normalize=normalize,
-        mask=Mask(ids=ids),
-        reduction=reduction if across is None else "none",
+        mask=Mask(diagonal=not return_metrics, ids=ids),
+        reduction=reduction if summed else "none",
+        ranked=return_metrics,
         backend=backend,
     )
-    if across is not None:
-        return across.reduce(lse.view(2, batch) - positive, reduction, 2 * across.size)
-    if reduction == "none":
-        lse = lse.view(2, batch)
-    return lse - reference.reduce(positive, reduction)
+    # Made last: what autograd keeps of it would lie beside the scratch of the sums.
+    positive = positive_logits(first, second, temperature, normalize=normalize).expand(2, batch)
+    if weights is not None:
+        positive = positive * weights.to(positive.dtype)
+    if summed and reduction != "none":
+        value = negatives.value - reference.reduce(positive, reduction)
+    else:
+        terms = negatives.value.view(2, batch) - positive
+        count = None if across is None else 2 * across.size
+        value = reduce(terms, reduction, sample_weights, across, count=count)
+    if not return_metrics:
+        return value
+    assert negatives.ranks is not None
+    lse, ranks = negatives.terms.view(2, batch), negatives.ranks.view(2, batch)
+    return value, InfoNCEMetrics(lse - positive.detach(), accuracy(ranks), ranks, lse)
+
+
+@overload
+def fused_dclw(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    sigma: float = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_dclw(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    sigma: float = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, InfoNCEMetrics]: ...
 
 
 def fused_dclw(
@@ -104,19 +190,21 @@ def fused_dclw(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float = 0.5,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
     process_group: ProcessGroups | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Result:
     """`fused_dcl` with w_i = 2 − B·softmax_i(sim(first_i, second_i)/σ): the harder the positive, the more it counts.
 
     The weights carry no gradient. In the paper, it is the von Mises-Fisher weighting of DCLW.
 
     Args:
         sigma: σ > 0.
-        first, second, temperature, reduction, normalize, backend, process_group: as in `fused_dcl`; with a group, B
-            and the softmax are over the samples of all ranks.
+        first, second, temperature, sample_weights, reduction, normalize, backend, process_group, return_metrics: as
+            in `fused_dcl`; with a group, B and the softmax are over the samples of all ranks.
 
     Returns, raises: as `fused_dcl`.
 
@@ -131,16 +219,19 @@ def fused_dclw(
         (across,) = meet(process_group, first.device, first.shape[0])
         everybody = across.by_rank(similarity)
         shares = across.size * (similarity - everybody.logsumexp(0)).exp()
-    return fused_dcl(
+    options: dict[str, Any] = {"normalize": normalize, "return_metrics": return_metrics}
+    result: Result = fused_dcl(
         first,
         second,
         temperature=temperature,
         weights=2 - shares,
+        sample_weights=sample_weights,
         reduction=reduction,
-        normalize=normalize,
         backend=backend,
         process_group=process_group,
+        **options,
     )
+    return result
 
 
 def check_sigma(sigma: float) -> None:
@@ -148,17 +239,6 @@ def check_sigma(sigma: float) -> None:
     check_number("sigma", sigma)
     if not (sigma > 0 and math.isfinite(sigma)):
         raise ValueError(f"sigma is {sigma}; it must be positive and finite")
-
-
-def _check_weights(weights: Tensor, first: Tensor) -> None:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights is a {type(weights).__name__}; it must be a tensor")
-    batch = first.shape[0]
-    if weights.shape not in ((batch,), (2, batch)) or weights.device != first.device:
-        raise ValueError(
-            f"weights has shape {list(weights.shape)} on {weights.device}; "
-            f"it must be [{batch}] or [2, {batch}] on {first.device}"
-        )
 
 
 class DCL(Loss):
@@ -181,9 +261,19 @@ class DCL(Loss):
             process_group=process_group,
         )
 
-    def forward(self, first: Tensor, second: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        weights: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
         """See `fused_dcl`."""
-        return fused_dcl(first, second, weights=weights, **self.options)
+        loss: Tensor = fused_dcl(
+            first, second, weights=weights, sample_weights=sample_weights, **self.options
+        )
+        return loss
 
 
 class DCLW(Loss):
@@ -209,6 +299,9 @@ class DCLW(Loss):
             process_group=process_group,
         )
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(
+        self, first: Tensor, second: Tensor, *, sample_weights: Tensor | None = None
+    ) -> Tensor:
         """See `fused_dclw`."""
-        return fused_dclw(first, second, **self.options)
+        loss: Tensor = fused_dclw(first, second, sample_weights=sample_weights, **self.options)
+        return loss

@@ -1,10 +1,10 @@
 """Keys that are left out of a query's negatives: because their ids are equal, or pair by pair."""
 
-import torch
 from torch import Tensor
 
 from hdc_kernels.backends import EVERYTHING, Mask
 from hdc_kernels.checks import check_labels
+from hdc_kernels.entries import entries
 
 Ids = Tensor | tuple[Tensor, Tensor]
 Names = tuple[str, str]
@@ -18,7 +18,6 @@ def without_false_negatives(
     key: Tensor,
     *,
     grouped: bool,
-    label_smoothing: float = 0.0,
 ) -> Mask:
     """What is left of query [B, D] and key [N, D], the arguments `names`; a positive stands in any case.
 
@@ -32,10 +31,6 @@ def without_false_negatives(
             raise ValueError(
                 f"{names[0]} has shape {list(query.shape)}; with {option} it must be [B, D]"
             )
-        if given is not None and label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing} but {option} leave columns out; it must be 0"
-            )
     mask = EVERYTHING
     if ids is not None:
         pair = (ids, ids) if isinstance(ids, Tensor) else ids
@@ -47,34 +42,8 @@ def without_false_negatives(
                 "false_negatives is given with a process_group; it must be ids instead"
             )
         shape = (len(query), len(key))
-        mask = mask._replace(left_out=pairs("false_negatives", false_negatives, shape, query))
+        mask = mask._replace(left_out=entries("false_negatives", false_negatives, shape, query))
     return mask
-
-
-def pairs(name: str, given: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """The pairs of rows that are True in [B, N] bool, or listed in [2, E] integers: [2, E] int64, sorted.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was given, and what is allowed.
-    """
-    allowed = f"[2, E] integers or {list(shape)} bool"
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} is a {type(given).__name__}; it must be a tensor of {allowed}")
-    if given.is_floating_point() or given.is_complex():
-        raise TypeError(f"{name} has dtype {given.dtype}; it must be {allowed}")
-    dense = given.dtype == torch.bool
-    if given.dim() != 2 or (given.shape != shape if dense else given.shape[0] != 2):
-        raise ValueError(
-            f"{name} has shape {list(given.shape)} and dtype {given.dtype}; it must be {allowed}"
-        )
-    if given.device != like.device:
-        raise ValueError(
-            f"{name} is on {given.device} but the embeddings on {like.device}; they must be equal"
-        )
-    if dense:
-        return given.nonzero().mT.contiguous()
-    listed = given.long()
-    return listed[:, (listed[0] * shape[1] + listed[1]).argsort()]
 
 
 def _check_ids(ids: tuple[Tensor, Tensor], names: Names, query: Tensor, key: Tensor) -> None:

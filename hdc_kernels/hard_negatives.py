@@ -23,6 +23,7 @@ from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp, tilted_mean
 from hdc_kernels.positives import divide, positive_logits
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 
 def fused_hn_nce(
@@ -35,6 +36,7 @@ def fused_hn_nce(
     tau_plus: float = 0.0,
     labels: Tensor | None = None,
     symmetric: bool = False,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -61,6 +63,7 @@ def fused_hn_nce(
         labels: [B] integers, or None: keys of the query's own label are no negatives (nor is the query's
             positive), and n is the number of those that are.
         symmetric: the mean of both directions, query to key and key to query.
+        sample_weights: [B], as in `fused_info_nce`.
         reduction: "mean", "sum", or "none" for one value per query, [B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: as in `fused_info_nce`. There is one pass over the pairs (on a GPU two, unless β = 0), and
@@ -86,6 +89,7 @@ def fused_hn_nce(
         labels = labels.long()
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
+    check_sample_weights(sample_weights, query.shape[:1], query.device)
 
     if isinstance(temperature, Tensor):  # before it is divided, in 16 bits perhaps
         temperature = temperature.to(reference.compute_dtype(query.dtype)).reshape(())
@@ -130,7 +134,7 @@ def fused_hn_nce(
     terms = direction(query, keys)
     if symmetric:
         terms = (terms + direction(key, queries)) / 2
-    return reference.reduce(terms, reduction) if across is None else across.reduce(terms, reduction)
+    return reduce(terms, reduction, sample_weights, across)
 
 
 class HNNCE(Loss):
@@ -162,9 +166,18 @@ class HNNCE(Loss):
             process_group=process_group,
         )
 
-    def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
         """See `fused_hn_nce`."""
-        return fused_hn_nce(query, key, labels=labels, **self.options)
+        return fused_hn_nce(
+            query, key, labels=labels, sample_weights=sample_weights, **self.options
+        )
 
 
 def _count_negatives(

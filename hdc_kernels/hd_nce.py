@@ -19,6 +19,7 @@ from hdc_kernels.distributed.contrast import contrast_across
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 Pair = tuple[Tensor, Tensor]
 
@@ -44,6 +45,7 @@ def fused_hd_nce(
     alpha: Sequence[float],
     beta: Sequence[float],
     temperature: float | Tensor = ...,
+    sample_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
@@ -60,6 +62,7 @@ def fused_hd_nce(
     alpha: Sequence[float],
     beta: Sequence[float],
     temperature: float | Tensor = ...,
+    sample_weights: Tensor | None = ...,
     reduction: Reduction = ...,
     normalize: bool = ...,
     backend: Backend = ...,
@@ -75,6 +78,7 @@ def fused_hd_nce(
     alpha: Sequence[float],
     beta: Sequence[float],
     temperature: float | Tensor = 0.07,
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -92,6 +96,7 @@ def fused_hd_nce(
         beta: the weights β_k, one per entry of `temporal`, not negative.
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
+        sample_weights: [B], of the clips, as in `fused_info_nce`.
         reduction: "sum" is Eq. 6 to the letter, a sum over the batch; "mean" divides it by B; "none"
             returns each clip's share, [B].
         normalize: divide by the L2 norm first, as the paper does.
@@ -112,9 +117,11 @@ def fused_hd_nce(
     pairs = [*spatial, *temporal]
     steps = [v_o.shape[1] for v_o, _ in spatial]
     batch = pairs[0][0].shape[0]
+    check_sample_weights(sample_weights, (batch,), pairs[0][0].device)
     weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
+    summed = reduction != "none" and sample_weights is None
     options: dict[str, Any] = {
-        "weights": None if reduction == "none" else weights,
+        "weights": weights if summed else None,
         "temperature": temperature,
         "normalize": normalize,
         "rows_first": len(spatial),  # every timestep is a problem of its own
@@ -135,11 +142,12 @@ def fused_hd_nce(
             **options,
         )
     sizes = [n * batch for n in steps] + [batch] * len(temporal)
-    if reduction == "none":
+    if not summed:
         by_pair = zip(weights, [*steps, *([1] * len(temporal))], value.split(sizes), strict=True)
         value = torch.stack([w * loss.view(n, batch).sum(0) for w, n, loss in by_pair]).sum(0)
-    if across is not None:
-        value = across.shown(value, reduction)
+        value = reduce(value, reduction, sample_weights, across)
+    elif across is not None:
+        value = across.total(value)
     if not return_metrics:
         return value
     losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])
@@ -220,7 +228,15 @@ class HDNCE(Loss):
             process_group=process_group,
         )
 
-    def forward(self, spatial: Sequence[Pair], temporal: Sequence[Pair]) -> Tensor:
+    def forward(
+        self,
+        spatial: Sequence[Pair],
+        temporal: Sequence[Pair],
+        *,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
         """See `fused_hd_nce`."""
-        loss: Tensor = fused_hd_nce(spatial, temporal, **self.options)
+        loss: Tensor = fused_hd_nce(
+            spatial, temporal, sample_weights=sample_weights, **self.options
+        )
         return loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels.backends import EVERYTHING
-from hdc_kernels.checks import Backend, Reduction, check_pair
+from hdc_kernels.checks import Backend, Reduction, check_alike, check_pair
 from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.cross_entropy import (
     InfoNCEMetrics,
@@ -155,7 +155,7 @@ def fused_info_nce(
         label_smoothing,
         return_metrics,
     )
-    options.check(query.shape[:-1], query.device)
+    options.check(query.shape[:-1], query.device, ids=ids, false_negatives=false_negatives)
     grouped = process_group is not None
     if negatives is not None or not in_batch:
         _check_negatives(negatives, query, symmetric, grouped)
@@ -171,7 +171,6 @@ def fused_info_nce(
         query,
         key,
         grouped=grouped,
-        label_smoothing=label_smoothing,
     )
     if negatives is not None and in_batch and negatives.dim() == 2:
         key, negatives = torch.cat((key, negatives)), None
@@ -264,12 +263,7 @@ def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, e
         raise TypeError(
             f"negatives is a {type(negatives).__name__}; it must be a tensor [M, D] or [B, M, D]"
         )
-    for what in ("dtype", "device"):
-        ours, theirs = getattr(query, what), getattr(negatives, what)
-        if ours != theirs:
-            raise ValueError(
-                f"negatives has {what} {theirs} but query has {ours}; they must be equal"
-            )
+    check_alike(("query", "negatives"), (query, negatives))
     if query.dim() != 2:
         raise ValueError(f"query has shape {list(query.shape)}; with negatives it must be [B, D]")
     rows, width = query.shape

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels.checks import Backend, Reduction, check_count, check_pair
+from hdc_kernels.checks import Backend, Reduction, check_alike, check_count, check_pair
 from hdc_kernels.cross_entropy import (
     InfoNCEMetrics,
     Options,
@@ -184,10 +184,7 @@ def fused_moco(
         raise ValueError(
             f"queue has shape {list(queue.shape)}; it must be [K, D], here [K, {width}] with K ≥ 1"
         )
-    for what in ("dtype", "device"):
-        ours, theirs = getattr(query, what), getattr(queue, what)
-        if ours != theirs:
-            raise ValueError(f"queue has {what} {theirs} but query has {ours}; they must be equal")
+    check_alike(("query", "queue"), (query, queue))
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, query.device, len(query))

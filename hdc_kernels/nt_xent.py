@@ -106,13 +106,9 @@ def fused_nt_xent(
         label_smoothing,
         return_metrics,
     )
-    options.check(first.shape[:1], first.device, views=2)
+    options.check(first.shape[:1], first.device, views=2, ids=ids)
     if ids is not None:
         check_labels("ids", ids, "first", first)
-        if label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing} but ids leave columns out; it must be 0"
-            )
     batch = first.shape[0]
     # Beside row i of x stands its positive; both are of one sample, and so is row i itself, elsewhere in y.
     x, y = torch.cat((first, second)), torch.cat((second, first))

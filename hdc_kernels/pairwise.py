@@ -11,7 +11,7 @@ from torch import Tensor
 from hdc_kernels import reference
 from hdc_kernels.backends import Function
 from hdc_kernels.checks import Reduction
-from hdc_kernels.contrast import contrast
+from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.rows import Travelling
 
@@ -25,7 +25,7 @@ def logsumexp(x: Tensor, y: Columns, *, reduction: Reduction = "none", **options
     gives the mean of row i's and column i's. −inf, without a gradient, where a row has no column. Float64 for
     float64, otherwise float32. A "mean" or "sum" is faster made here than afterwards.
     """
-    return _rows("logsumexp", x, y, None, reduction, options)
+    return sums("logsumexp", x, y, reduction=reduction, **options).value
 
 
 def softplus_sum(
@@ -35,12 +35,7 @@ def softplus_sum(
 
     As `logsumexp`, but never symmetric. `bias` is a number, a tensor of one element or one of [M].
     """
-    dtype = reference.compute_dtype(x.dtype)
-    if isinstance(bias, Tensor):
-        bias = bias.to(dtype).expand(x.shape[:1]).contiguous()
-    else:
-        bias = torch.full(x.shape[:1], bias, dtype=dtype, device=x.device)
-    return _rows("softplus", x, y, bias, reduction, options)
+    return sums("softplus", x, y, bias=bias, reduction=reduction, **options).value
 
 
 def tilted_mean(
@@ -64,25 +59,39 @@ def tilted_mean(
         )
         return reference.reduce(sharp - broad, reduction)
     options |= {"temperature": temperature, "beta": beta}
-    return _rows("tilted", x, y, None, reduction, options)
+    return sums("tilted", x, y, reduction=reduction, **options).value
 
 
-def _rows(
+def sums(
     function: Function,
     x: Tensor,
     y: Columns,
-    bias: Tensor | None,
-    reduction: Reduction,
-    options: dict[str, Any],
-) -> Tensor:
+    *,
+    bias: Tensor | float | None = None,
+    reduction: Reduction = "none",
+    ranked: bool = False,
+    **options: Any,
+) -> Contrast:
+    """Any of these, with all that `contrast` finds: the terms beside their total, and ranks if they are asked for.
+
+    Those are the ranks of the diagonal, which the mask must then leave out, among the columns that it lets through.
+    """
+    dtype = reference.compute_dtype(x.dtype)
+    if isinstance(bias, Tensor):
+        bias = bias.to(dtype).expand(x.shape[:1]).contiguous()
+    elif bias is not None:
+        bias = torch.full(x.shape[:1], bias, dtype=dtype, device=x.device)
     if isinstance(y, Travelling):
-        terms = ring.sums(function, [x], [y.own], y.rows, bias=bias, **options).values
-        return reference.reduce(terms.to(reference.compute_dtype(x.dtype)), reduction)
+        found = ring.sums(function, [x], [y.own], y.rows, bias=bias, ranked=ranked, **options)
+        terms = found.values.to(dtype)
+        value, no_hits = reference.reduce(terms, reduction), torch.zeros_like(terms).bool()
+        return Contrast(value, terms.detach(), no_hits, found.ranks if ranked else None)
     return contrast(
         [(x, y)],
         weights=None if reduction == "none" else [1.0],
         divisor=x.shape[0] if reduction == "mean" else 1,
         function=function,
         bias=bias,
+        ranked=ranked,
         **options,
-    ).value
+    )

@@ -8,31 +8,38 @@ from hdc_kernels.checks import Reduction
 from hdc_kernels.distributed.rows import Rows
 
 
-def weigh(terms: Tensor, sample_weights: Tensor | None) -> Tensor:
-    """w_i·l_i; weights [B] are those of every row of a sample, in terms [2, B]."""
-    return terms if sample_weights is None else terms * sample_weights.to(terms.dtype)
-
-
 def reduce(
     terms: Tensor,
     reduction: Reduction,
     sample_weights: Tensor | None = None,
     across: Rows | None = None,
+    *,
     count: int | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i, of w_i = 1 if there are none.
+    """ "none" w_i·l_i, "sum" Σ w_i·l_i, or "mean" Σ w_i·l_i / Σ w_i·c_i, of w_i = 1 if there are none.
 
-    With `across`, the sums are over the terms of all ranks: `count` of them, one for each row if not given.
+    Args:
+        terms: l.
+        sample_weights: w, in the shape of the terms; or [B], of every row of a sample, for terms [2, B].
+        across: the sums are over the terms of all ranks.
+        count: how many terms there are on all ranks; one for each row if not given.
+        shares: c, in the shape of the terms, where not every term counts once; the mean of nothing is then 0.
     """
-    weighted = weigh(terms, sample_weights)
-    if sample_weights is None or reduction != "mean":
+    weights = None if sample_weights is None else sample_weights.to(terms.dtype).expand_as(terms)
+    weighted = terms if weights is None else terms * weights
+    if reduction != "mean" or (weights is None and shares is None):
         if across is None:
             return reference.reduce(weighted, reduction)
         return across.reduce(weighted, reduction, count)
-    total = sample_weights.to(terms.dtype).expand_as(terms).sum()
-    if across is None:
-        return weighted.sum() / total
-    return across.total(weighted.sum() / across.sum(total))
+    counted = torch.ones_like(terms) if shares is None else shares
+    if weights is not None:
+        counted = weights * counted
+    divisor = counted.sum() if across is None else across.sum(counted.sum())
+    if shares is not None:
+        divisor = divisor.masked_fill(divisor == 0, 1)
+    mean = weighted.sum() / divisor
+    return mean if across is None else across.total(mean)
 
 
 def check_sample_weights(

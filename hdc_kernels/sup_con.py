@@ -18,10 +18,12 @@ from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.distributed.trip import sums_by_label
+from hdc_kernels.entries import entries
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
 from hdc_kernels.positives import embeddings as unit_vectors
+from hdc_kernels.reduction import check_sample_weights, reduce
 
 Definition = Literal["out", "in", "each"]
 WithoutPositive = Literal["exclude", "zero"]
@@ -40,6 +42,7 @@ def fused_sup_con(
     other_labels: Tensor | None = None,
     other_holds_self: bool = False,
     without_positive: WithoutPositive = "exclude",
+    sample_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
@@ -59,9 +62,11 @@ def fused_sup_con(
         temperature: τ > 0; a number, or a tensor with one element, which then gets its gradient.
             The value of a tensor is not checked.
         definition: see above.
-        positives: [2, E] integers instead of labels, the pairs (anchor, its positive). No anchor is its
+        positives: instead of labels, [2, E] integers, the pairs (anchor, its positive). No anchor is its
             own positive and no pair is listed twice; neither is checked. Costs one pass over all pairs and
-            O((B + E)·D) time and memory more, and a sort.
+            O((B + E)·D) time and memory more, and a sort. Or [B, B] bool (with `other` [B, N]), True for a pair; an
+            anchor's entry with itself does not count. That costs B·N bytes, whoever calls holds them, a search
+            through all of them, and a graph of `torch.compile` of its own.
         other: [N, D], what the anchors are compared with instead of each other; same D, dtype and device
             as `embeddings`. The pairs in `positives` are then of a row of `embeddings` and one of `other`.
         other_labels: [N] integers; needed with `labels` and `other`.
@@ -69,6 +74,9 @@ def fused_sup_con(
             has just entered, say), with their labels; each is left out of its own sums.
         without_positive: the term of an anchor without a positive is 0; "exclude" leaves it out of
             the mean and "zero" counts it. "each" is a mean over pairs, where neither has a meaning.
+        sample_weights: [B], w_i ≥ 0, of the anchors: "sum" becomes Σ w_i·l_i, "none" w_i·l_i and "mean"
+            Σ w_i·l_i / Σ w_i·c_i, where an anchor counts c_i times: once or, by `without_positive`, not at all, for
+            "each" as often as it has positives. Their values are not checked.
         reduction: "mean" over the anchors, or for "each" over all pairs of an anchor and a positive;
             "sum", or "none" for one value per anchor, [B]. The mean of nothing is 0.
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
@@ -94,7 +102,10 @@ def fused_sup_con(
     check_choice("without_positive", without_positive, WithoutPositive)
     check_choice("reduction", reduction, Reduction)
     check_choice("backend", backend, Backend)
+    check_sample_weights(sample_weights, embeddings.shape[:1], embeddings.device)
+    holds_self = other is None or other_holds_self
     own = embeddings if other is None else other
+    pairs = None if positives is None else _pairs(positives, embeddings, own, holds_self)
     y: Columns = own
     columns = labels if other_labels is None else other_labels
     across: Rows | None = None
@@ -102,24 +113,16 @@ def fused_sup_con(
         across, others = meet(process_group, embeddings.device, len(embeddings), len(own))
         y = others.share(own)
         columns = None if columns is None else others.gather_integers(columns.long())
-    holds_self = other is None or other_holds_self
     problem = _Problem(embeddings, own, y, holds_self, temperature, normalize, backend)
     if labels is not None and columns is not None:
         terms, counts = _by_labels(problem, labels.long(), columns.long(), definition)
     else:
-        assert positives is not None
-        terms, counts = _by_list(problem, positives.long(), definition)
-    if reduction == "none":
-        return terms if across is None else across.local(terms)
-    total = terms.sum() if across is None else across.total(terms.sum())
-    if reduction == "sum":
-        return total
+        assert pairs is not None
+        terms, counts = _by_list(problem, pairs, definition)
+    shares: Tensor | None = counts if definition == "each" else counts > 0
     if definition != "each" and without_positive == "zero":
-        return total / (len(terms) if across is None else across.size)
-    terms_in_mean = counts.sum() if definition == "each" else (counts > 0).sum()
-    if across is not None:
-        terms_in_mean = across.sum(terms_in_mean)
-    return total / terms_in_mean.clamp_min(1)
+        shares = None
+    return reduce(terms, reduction, sample_weights, across, shares=shares)
 
 
 class SupCon(Loss):
@@ -157,6 +160,7 @@ class SupCon(Loss):
         other: Tensor | None = None,
         other_labels: Tensor | None = None,
         other_holds_self: bool = False,
+        sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_sup_con`."""
         return fused_sup_con(
@@ -166,6 +170,7 @@ class SupCon(Loss):
             other=other,
             other_labels=other_labels,
             other_holds_self=other_holds_self,
+            sample_weights=sample_weights,
             **self.options,
         )
 
@@ -215,6 +220,9 @@ def _by_labels(
     if problem.holds_self:
         counts = counts - 1
     if definition == "out":
+        lse = (
+            problem.logsumexp()
+        )  # first: what autograd keeps of the rest is then gone when its gradient is made
         x, y = problem.vectors()
         # The mean of products is one with the mean positive.
         if isinstance(problem.y, Tensor):
@@ -227,7 +235,7 @@ def _by_labels(
         if problem.holds_self:
             own = own - y[: len(x)]
         mean = divide((x * own).sum(-1) / counts.clamp_min(1), problem.temperature)
-        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
+        return torch.where(counts > 0, lse - mean, 0.0), counts
     ids = x_labels.unsqueeze(0), y_labels.unsqueeze(0)
     negative = problem.logsumexp(ids=ids)
     if definition == "in":
@@ -237,23 +245,23 @@ def _by_labels(
 
 
 def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:
-    """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i."""
+    """As `_by_labels`; the positives of anchor i are positives[1, e] for every e with positives[0, e] = i, sorted."""
+    # First, as above. Positives are not subtracted from a sum over all: that would leave rounding errors where they
+    # are most of it.
+    lse = problem.logsumexp(left_out=None if definition == "out" else positives)
     x, y = problem.vectors()
-    order = (positives[0] * len(y) + positives[1]).argsort()  # that of a mask's entries
-    anchor, positive = positives = positives[:, order]
+    anchor, positive = positives
     logits = divide((x[anchor] * y[positive]).sum(-1), problem.temperature)
     zeros = logits.new_zeros(len(x))
     counts = torch.zeros_like(zeros, dtype=torch.long).index_add(0, anchor, torch.ones_like(anchor))
     if definition == "out":
         mean = zeros.index_add(0, anchor, logits) / counts.clamp_min(1)
-        return torch.where(counts > 0, problem.logsumexp() - mean, 0.0), counts
-    # To subtract the positives from a sum over all would leave rounding errors where they are most of it.
-    negative = problem.logsumexp(left_out=positives)
+        return torch.where(counts > 0, lse - mean, 0.0), counts
     if definition == "each":
-        return zeros.index_add(0, anchor, info_nce_terms(negative[anchor], logits)), counts
+        return zeros.index_add(0, anchor, info_nce_terms(lse[anchor], logits)), counts
     largest = zeros.scatter_reduce(0, anchor, logits.detach(), "amax", include_self=False)
     sums = zeros.index_add(0, anchor, (logits - largest[anchor]).exp())
-    return _log_share(torch.where(counts > 0, sums, 1.0).log() + largest, negative, counts), counts
+    return _log_share(torch.where(counts > 0, sums, 1.0).log() + largest, lse, counts), counts
 
 
 def _log_share(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
@@ -291,19 +299,13 @@ def _check(
         if other is not None and other_labels is not None:
             check_labels("other_labels", other_labels, "other", other)
         return
-    assert positives is not None
     if other_labels is not None:
         raise ValueError("other_labels is given with positives; they go with labels only")
-    if not isinstance(positives, Tensor):
-        raise TypeError(
-            f"positives is a {type(positives).__name__}; it must be a tensor of integers"
-        )
-    if positives.is_floating_point() or positives.is_complex() or positives.dtype == torch.bool:
-        raise TypeError(f"positives has dtype {positives.dtype}; it must be an integer one")
-    if positives.dim() != 2 or positives.shape[0] != 2:
-        raise ValueError(f"positives has shape {list(positives.shape)}; it must be [2, E]")
-    if positives.device != embeddings.device:
-        raise ValueError(
-            f"positives is on {positives.device} but embeddings on {embeddings.device}; "
-            "they must be equal"
-        )
+
+
+def _pairs(positives: Tensor, x: Tensor, y: Tensor, holds_self: bool) -> Tensor:
+    """The positives of x among y as a mask's entries."""
+    pairs = entries("positives", positives, (len(x), len(y)), x)
+    if holds_self and positives.dtype == torch.bool:
+        pairs = pairs[:, pairs[0] != pairs[1]]
+    return pairs

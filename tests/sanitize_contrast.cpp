@@ -179,6 +179,8 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
     std::fill_n(ranks.get(), rows, int64_t(-1));
     std::memset(hits.get(), 0xff, size_t(rows));
 
+    bool ranked = run.function == HDC_INFO_NCE || run.masked;  // of the diagonal, where it is no column of its own
+    for (const Shape& s : shapes) ranked = ranked && s.rows <= s.columns;
     HdcCall call{run.task,
                  run.dtype,
                  run.normalize,
@@ -194,7 +196,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                  total.at(0),
                  terms.at(0),
                  hits.get(),
-                 run.function == HDC_INFO_NCE ? ranks.get() : nullptr,
+                 ranked ? ranks.get() : nullptr,
                  reinterpret_cast<double*>(lse.at(0)),
                  nullptr,
                  nullptr,
@@ -220,7 +222,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
     for (const Shape& s : shapes)
         for (int64_t i = 0; i < s.groups * s.rows; i++, row++) {
             if (hits[size_t(row)] > 1) std::printf("hits[%ld] was not written\n", long(row)), std::exit(1);
-            if (run.function == HDC_INFO_NCE && (ranks[row] < 0 || ranks[row] >= s.columns))
+            if (ranked && (ranks[row] < 0 || ranks[row] >= s.columns))
                 std::printf("ranks[%ld] is %ld\n", long(row), long(ranks[row])), std::exit(1);
             for (int64_t side = 0; side < sums && run.function != HDC_SOFTPLUS; side++) {
                 double value;

@@ -1,5 +1,10 @@
-"""Against the formulas of MoCo v1 to v3, in plain PyTorch: its losses stand in models that need a cluster."""
+"""Against the formulas of MoCo v1 to v3, in plain PyTorch: its losses stand in models that need a cluster.
 
+And against the packages that have that loss under another name.
+"""
+
+import info_nce
+import peer_imports
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,26 @@ def test_v1_and_v2(seed: int) -> None:
 
     q, k = (F.normalize(randn(6, 5, seed=seed + 9 * j), dim=1) for j in range(2))
     agree(moco_loss, exact, q, k, F.normalize(randn(5, 16, seed=seed + 20), dim=0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_v1_and_v2_are_other_packages_losses(seed: int) -> None:
+    """lightly's NT-Xent with a memory bank, info-nce-pytorch's with negative keys: of embeddings of length 1."""
+
+    def ours(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        return moco_loss(F.normalize(query, dim=1), F.normalize(key, dim=1), queue.mT, T=0.2)
+
+    query, key = randn(6, 5, seed=seed), randn(6, 5, seed=seed + 9)
+    queue = F.normalize(randn(16, 5, seed=seed + 20), dim=1)
+    agree(
+        lambda *pair: ours(*pair, queue),
+        lambda *pair: info_nce.info_nce(*pair, queue, temperature=0.2),
+        *(query, key),
+    )
+    bank = peer_imports.lightly().NTXentLoss(temperature=0.2, memory_bank_size=(16, 5)).double()
+    bank.memory_bank.bank = queue.clone()
+    agree(lambda query: ours(query, key, queue), lambda query: bank(query, key), query)
+    assert not torch.equal(bank.memory_bank.bank, queue)  # it was read, then filled
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.2])

@@ -1,11 +1,17 @@
-"""`compat.supcon.SupConLoss` against SupContrast's formula, with its loops written out, in float64."""
+"""`compat.supcon.SupConLoss` against SupContrast's formula, with its loops written out, in float64.
+
+And against the packages that have that loss, too.
+"""
 
 from typing import Any, Literal
 
+import peer_imports
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import agree
 from equations import relative_error
+from pytorch_metric_learning.losses import SupConLoss as MetricLearning
 from torch import Tensor
 
 from hdc_kernels.compat.supcon import SupConLoss
@@ -79,6 +85,21 @@ def test_the_defaults_of_normalised_features() -> None:
     """T = T_base = 0.07, all views."""
     x = F.normalize(features(6, 2, 8).detach(), dim=-1).requires_grad_()
     compare(SupConLoss(), x, torch.eye(6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_views_are_other_packages_losses(seed: int) -> None:
+    """pytorch-metric-learning's SupConLoss while every anchor has a positive; without labels lightly's NT-Xent."""
+    labels = torch.randint(3, (7,), generator=torch.Generator().manual_seed(seed))
+    module = SupConLoss(0.3, base_temperature=0.3)
+    x = features(7, 2, 5, seed=seed)
+    agree(
+        lambda x: module(F.normalize(x, dim=-1), labels),
+        lambda x: MetricLearning(0.3)(torch.cat(x.unbind(1)), labels.repeat(2)),
+        x,
+    )
+    nt_xent = peer_imports.lightly().NTXentLoss(0.3)
+    agree(lambda x: module(F.normalize(x, dim=-1)), lambda x: nt_xent(*x.unbind(1)), x)
 
 
 @pytest.mark.parametrize("seed", range(3))

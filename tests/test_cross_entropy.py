@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import agree
+from agreement import agree, no_worse_than_plain
 from embeddings import randn
 from torch import Tensor
 
@@ -169,6 +169,23 @@ def test_metrics(matrix: Any, ours: Any) -> None:
     lse = torch.stack([side.logsumexp(1) for side in found.logits]).mean(0).view(found.shape)
     torch.testing.assert_close(metrics.logsumexp, lse, rtol=1e-12, atol=0)
     assert value.item() == pytest.approx(ours(x, y, temperature=TAU).item(), rel=1e-13)
+
+
+@pytest.mark.parametrize(("ours", "matrix"), WITH_IDS)
+@pytest.mark.parametrize("option", ["smoothing", "ids"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_plain(
+    dtype: torch.dtype, option: str, matrix: Any, ours: Any
+) -> None:
+    """With weights, and smoothing or ids."""
+    weights = randn(24, seed=2).exp().float()
+    ids, epsilon = (torch.arange(24) // 2, 0.0) if option == "ids" else (None, 0.2)
+    options: dict[str, Any] = {"sample_weights": weights, "ids": ids, "label_smoothing": epsilon}
+    no_worse_than_plain(
+        lambda x, y: ours(x, y, temperature=0.07, **options),
+        lambda x, y: exact(matrix(x, y, 0.07, ids), weights, epsilon, "mean"),
+        *(randn(24, 32, seed=k, dtype=dtype) for k in range(2)),
+    )
 
 
 @pytest.mark.parametrize(("ours", "matrix"), LOSSES)

@@ -107,7 +107,11 @@ def with_private(sizes: list[int]) -> Inputs:
 
 
 def weighted(sizes: list[int]) -> Inputs:
-    return pair(sizes, weights=Part(randn(sum(sizes), seed=2).exp(), sizes))
+    return pair(sizes, sample_weights=Part(randn(sum(sizes), seed=2).exp(), sizes))
+
+
+def weighted_labels(sizes: list[int]) -> Inputs:
+    return {**labelled(sizes), "sample_weights": weighted(sizes)["sample_weights"]}
 
 
 def grouped(sizes: list[int]) -> Inputs:
@@ -130,6 +134,10 @@ def scales(sizes: list[int]) -> Inputs:
     }
 
 
+def weighted_scales(sizes: list[int]) -> Inputs:
+    return {**scales(sizes), "sample_weights": weighted(sizes)["sample_weights"]}
+
+
 def biased(sizes: list[int]) -> Inputs:
     return pair(sizes, bias=torch.tensor(-2.0, dtype=torch.float64))
 
@@ -144,10 +152,6 @@ def info_nce(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
 
 def info_nce_ids(x: Tensor, y: Tensor, tau: Tensor, labels: Tensor, **options: Any) -> Tensor:
     return fused_info_nce(x, y, temperature=tau, ids=labels, **options)
-
-
-def info_nce_weighted(x: Tensor, y: Tensor, tau: Tensor, weights: Tensor, **options: Any) -> Tensor:
-    return fused_info_nce(x, y, temperature=tau, sample_weights=weights, **options)
 
 
 def info_nce_keys(x: Tensor, y: Tensor, tau: Tensor, extra: Tensor, **options: Any) -> Tensor:
@@ -166,8 +170,12 @@ def nt_xent(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
     return fused_nt_xent(x, y, temperature=tau, **options)
 
 
-def siglip(x: Tensor, y: Tensor, tau: Tensor, bias: Tensor, **options: Any) -> Tensor:
-    return fused_siglip(x, y, temperature=tau, bias=bias, **options)
+def siglip(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
+    return fused_siglip(x, y, temperature=tau, **options)
+
+
+def siglip_ids(x: Tensor, y: Tensor, tau: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return fused_siglip(x, y, temperature=tau, ids=labels, **options)
 
 
 def siglip_keys(x: Tensor, y: Tensor, tau: Tensor, extra: Tensor, **options: Any) -> Tensor:
@@ -178,8 +186,8 @@ def dcl(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
     return fused_dcl(x, y, temperature=tau, **options)
 
 
-def dcl_weighted(x: Tensor, y: Tensor, tau: Tensor, weights: Tensor, **options: Any) -> Tensor:
-    return fused_dcl(x, y, temperature=tau, weights=weights, **options)
+def dcl_weighted(x: Tensor, y: Tensor, sample_weights: Tensor, **options: Any) -> Tensor:
+    return dcl(x, y, weights=sample_weights, **options)
 
 
 def dclw(x: Tensor, y: Tensor, tau: Tensor, **options: Any) -> Tensor:
@@ -228,7 +236,7 @@ CASES = {
     "info_nce smoothed": Case(partial(info_nce, label_smoothing=0.1, symmetric=True), pair),
     "info_nce smoothed keys": Case(partial(info_nce_keys, label_smoothing=0.1), with_extra),
     "info_nce ids": Case(partial(info_nce_ids, symmetric=True), labelled),
-    "info_nce weights": Case(info_nce_weighted, weighted),
+    "info_nce weights": Case(info_nce, weighted),
     "info_nce negatives": Case(partial(info_nce_negatives, label_smoothing=0.2), with_extra),
     "info_nce only negatives": Case(partial(info_nce_negatives, in_batch=False), with_extra),
     "info_nce private": Case(partial(info_nce_negatives, label_smoothing=0.2), with_private),
@@ -256,6 +264,18 @@ CASES = {
     "sup_con each, list": Case(partial(sup_con_list, definition="each"), listed),
     "hn_nce labels": Case(hn_nce_labels, labelled),
     "moco": Case(moco, queued),
+}
+# What does not care how many ranks there are: it is checked on two.
+OPTIONS = {
+    "siglip ids": Case(siglip_ids, labelled),
+    "siglip weights": Case(siglip, weighted),
+    "dcl sample weights": Case(dcl, weighted, 1),
+    "dclw weights": Case(dclw, weighted, 1),
+    "hn_nce weights": Case(partial(hn_nce, symmetric=True), weighted),
+    "hd_nce weights": Case(hd_nce, weighted_scales),
+    "sup_con out weights": Case(sup_con, weighted_labels),
+    "sup_con zero weights": Case(partial(sup_con, without_positive="zero"), weighted_labels),
+    "sup_con each weights": Case(partial(sup_con, definition="each"), weighted_labels),
 }
 SIZES = {
     2: {"even": [3, 3], "uneven": [1, 4], "empty": [0, 4]},
@@ -286,7 +306,7 @@ def compare(
     bound: float = 1e-10,
 ) -> None:
     """On a rank of `group`, whose ranks have batches of `sizes`."""
-    case, size, rank = CASES[name], len(sizes), group.rank()
+    case, size, rank = (CASES | OPTIONS)[name], len(sizes), group.rank()
     inputs = case.inputs(sizes)
     whole = {k: (p.whole if isinstance(p, Part) else p).clone() for k, p in inputs.items()}
     expected, gradients = differentiate(case, whole, reduction, None, None)
@@ -497,6 +517,19 @@ def metrics(rank: int, world_size: int) -> None:
             torch.testing.assert_close(found.loss, whole.loss.split(sizes)[rank])
             assert torch.equal(found.rank, whole.rank.split(sizes)[rank])
             assert found.accuracy == (found.rank == 0).float().mean()
+        for loss, options in (
+            (fused_siglip, {}),
+            (fused_siglip, {"ids": labels}),
+            (fused_dcl, {}),
+            (fused_dclw, {}),
+        ):
+            rest = {name: t.split(sizes)[rank] for name, t in options.items()}
+            parts = [t.split(sizes)[rank] for t in (x, y)]
+            _, whole = loss(x, y, return_metrics=True, **options)
+            _, found = loss(*parts, return_metrics=True, process_group=group, **rest)
+            for ours, exact in zip(found, whole, strict=True):
+                if ours.dim():  # an accuracy is that of this rank's rows
+                    torch.testing.assert_close(ours, exact.split(sizes, -1)[rank])
         _, expected = fused_info_nce(
             *(t.split(sizes)[rank] for t in (x, y)), return_metrics=True, process_group=group
         )
@@ -630,6 +663,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
                 checks["subgroup"] = subgroup
             if world_size == 2:
                 checks["compiled"] = compiled
+                checks |= {name: partial(every_loss, name, "uneven") for name in OPTIONS}
             known[world_size] = processes.run(checks, world_size, tmp_path_factory.mktemp("ranks"))
         return known[world_size]
 
@@ -641,6 +675,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
 def test_ranks(check: str, world_size: int, results: Callable[[int], dict[str, str]]) -> None:
     """See the function of that name, or `every_loss`."""
     problem = results(world_size)[check]
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, results: Callable[[int], dict[str, str]]) -> None:
+    """See `every_loss`."""
+    problem = results(2)[name]
     assert not problem, problem
 
 

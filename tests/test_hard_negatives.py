@@ -3,10 +3,13 @@
 import math
 from typing import Any, get_args
 
+import info_nce
+import peer_imports
 import pytest
 import torch
 import torch.nn.functional as F
-from embeddings import leaf
+from agreement import agree, no_worse_than_plain, weighted
+from embeddings import leaf, randn
 from equations import relative_error
 from torch import Tensor, nn
 
@@ -95,6 +98,29 @@ def test_loss_and_gradients_are_the_papers(
             assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sample_weights(reduction: Reduction, symmetric: bool) -> None:
+    """Of queries; the weights get their gradient."""
+
+    def ours(query: Tensor, key: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        return fused_hn_nce(
+            query,
+            key,
+            temperature=tau,
+            symmetric=symmetric,
+            sample_weights=weights,
+            reduction=reduction,
+        )
+
+    def exact(query: Tensor, key: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        terms = plain(query, key, tau)
+        terms = (terms + plain(key, query, tau)) / 2 if symmetric else terms
+        return weighted(terms, weights, reduction)
+
+    agree(ours, exact, randn(5, 4), randn(5, 4, seed=1), scalar(0.5), randn(5, seed=2).exp())
+
+
 def test_without_weights_it_is_info_nce() -> None:
     """β = 0 and α = 1, also at a temperature where exponentials overflow."""
     query, key = leaf(9, 5), leaf(9, 5, seed=1)
@@ -103,6 +129,27 @@ def test_without_weights_it_is_info_nce() -> None:
             ours = fused_hn_nce(query, key, temperature=tau, beta=0.0, symmetric=symmetric)
             same = fused_info_nce(query, key, temperature=tau, symmetric=symmetric)
             assert relative_error(ours, same) < 1e-12
+
+
+def test_without_weights_it_is_other_packages_losses() -> None:
+    """info-nce-pytorch's; and HCL of two views lightly's NT-Xent. No package has the weights."""
+    query, key = randn(6, 5), randn(6, 5, seed=1)
+    agree(
+        lambda *pair: fused_hn_nce(*pair, temperature=0.3, beta=0.0),
+        lambda *pair: info_nce.info_nce(*pair, temperature=0.3),
+        *(query, key),
+    )
+    agree(
+        lambda a, b: fused_hn_nce(
+            torch.cat((a, b)),
+            torch.cat((b, a)),
+            temperature=0.3,
+            beta=0.0,
+            labels=torch.arange(6).repeat(2),
+        ),
+        peer_imports.lightly().NTXentLoss(0.3),
+        *(query, key),
+    )
 
 
 def test_two_views_as_in_hcl() -> None:
@@ -176,12 +223,12 @@ def test_a_query_without_negatives_has_nothing_to_learn(
 
 @pytest.mark.parametrize("weighting", [{"beta": 0.7}, {"alpha": 0.3, "tau_plus": 0.05}])
 def test_gradcheck(weighting: dict[str, float]) -> None:
-    """First and second derivatives for query, key and temperature."""
+    """First and second derivatives for query, key, temperature and weights."""
 
-    def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
-        return fused_hn_nce(query, key, temperature=tau, reduction="none", **weighting)
+    def loss(query: Tensor, key: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        return fused_hn_nce(query, key, temperature=tau, sample_weights=weights, **weighting)
 
-    inputs = (leaf(4, 3), leaf(4, 3, seed=1), scalar(0.5))
+    inputs = (leaf(4, 3), leaf(4, 3, seed=1), scalar(0.5), randn(4, seed=2).exp().requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
 
@@ -193,7 +240,14 @@ def test_compiled_equals_eager() -> None:
     labels = torch.tensor([0, 0, 1, 2, 3, 4])
 
     def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
-        return fused_hn_nce(query, key, temperature=tau, tau_plus=0.05, labels=labels)
+        return fused_hn_nce(
+            query,
+            key,
+            temperature=tau,
+            tau_plus=0.05,
+            labels=labels,
+            sample_weights=torch.arange(6.0),
+        )
 
     losses = [f(*inputs) for f in (torch.compile(loss, fullgraph=True), loss)]
     assert relative_error(losses[0], losses[1]) < 1e-13
@@ -222,6 +276,17 @@ def test_half_precision_is_no_worse_than_plain(
     for slope, (our, their) in zip(slopes, found, strict=True):
         assert our.dtype == dtype
         assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_with_weights_is_no_worse_than_plain(dtype: torch.dtype) -> None:
+    """Of queries."""
+    weights = randn(33, seed=2).exp().float()
+    no_worse_than_plain(
+        lambda query, key: fused_hn_nce(query, key, temperature=0.2, sample_weights=weights),
+        lambda query, key: weighted(plain(query, key, 0.2), weights, "mean"),
+        *(randn(33, 64, seed=k, dtype=dtype) for k in range(2)),
+    )
 
 
 @pytest.mark.parametrize("weighting", [{}, {"beta": 3.0}, {"tau_plus": 0.1}, {"alpha": 0.0}])
@@ -264,6 +329,9 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
     module = HNNCE(**options)
     expected = fused_hn_nce(query, key, labels=labels, **options)
     assert torch.equal(module(query, key, labels), expected)
+    weights = randn(5, seed=2).exp()
+    expected = fused_hn_nce(query, key, sample_weights=weights, **options)
+    assert torch.equal(module(query, key, sample_weights=weights), expected)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(module)
     assert list(HNNCE(nn.Parameter(torch.tensor(0.2))).state_dict()) == ["temperature"]
@@ -283,6 +351,11 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
             {"labels": torch.zeros(4, dtype=torch.long)},
             ValueError,
             r"labels has shape \[4\] but query has \[3, 4\]; it must have one label for each row",
+        ),
+        (
+            {"sample_weights": torch.ones(4)},
+            ValueError,
+            r"sample_weights has shape \[4\] on cpu; it",
         ),
         ({"reduction": "max"}, ValueError, "reduction is 'max'; it must be one of"),
     ],

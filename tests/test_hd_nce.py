@@ -7,6 +7,8 @@ import equations
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import agree, no_worse_than_plain, weighted
+from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -49,19 +51,23 @@ def lists(pairs: list[Pair]) -> list[tuple[Any, Any]]:
     return [(first.tolist(), second.tolist()) for first, second in pairs]
 
 
-def plain(spatial: list[Pair], temporal: list[Pair], tau: float) -> Tensor:
+def cross_entropy(query: Tensor, key: Tensor, tau: float, **options: Any) -> Tensor:
     """What everyone writes: in half precision, the error that ours is measured by."""
+    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT / tau
+    return F.cross_entropy(logits, torch.arange(len(query)), **options)
 
-    def one(query: Tensor, key: Tensor) -> Tensor:
-        logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT / tau
-        return F.cross_entropy(logits, torch.arange(len(query)))
 
+def plain(spatial: list[Pair], temporal: list[Pair], tau: float) -> Tensor:
+    """Eq. 6 of these."""
     loss = torch.zeros(())
     for k, (v_o, v_s) in enumerate(spatial):
         steps = v_o.shape[1]
-        loss = loss + ALPHA[k] * sum(one(v_o[:, n], v_s[:, n]) for n in range(steps)) / steps
+        loss = (
+            loss
+            + ALPHA[k] * sum(cross_entropy(v_o[:, n], v_s[:, n], tau) for n in range(steps)) / steps
+        )
     for k, views in enumerate(temporal):
-        loss = loss + BETA[k] * one(*views)
+        loss = loss + BETA[k] * cross_entropy(*views, tau)
     return loss
 
 
@@ -97,6 +103,59 @@ def test_loss_and_gradients_are_eq_6(reduction: Reduction, backend: Backend) -> 
             assert ours.count_nonzero() == 0
         else:
             assert equations.relative_error(ours, gradient) < 1e-10
+
+
+def terms_of(v_o: Tensor, v_s: Tensor, w_o: Tensor, w_t: Tensor, tau: float) -> Tensor:
+    """Each clip's share of one scale of either kind, weighed 0.5 and 2."""
+    timesteps = zip(v_o.unbind(1), v_s.unbind(1), strict=True)
+    spatial = [cross_entropy(x, y, tau, reduction="none") for x, y in timesteps]
+    return torch.stack(spatial).mean(0) / 2 + 2 * cross_entropy(w_o, w_t, tau, reduction="none")
+
+
+def of_weights(weights: Tensor, reduction: Reduction, tau: float) -> Any:
+    """The loss of what `terms_of` takes."""
+    return lambda v_o, v_s, w_o, w_t: fused_hd_nce(
+        [(v_o, v_s)],
+        [(w_o, w_t)],
+        alpha=[0.5],
+        beta=[2.0],
+        temperature=tau,
+        sample_weights=weights,
+        reduction=reduction,
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sample_weights(reduction: Reduction) -> None:
+    """Of clips; the weights get their gradient."""
+    agree(
+        lambda weights, *views: of_weights(weights, reduction, 0.3)(*views),
+        lambda weights, *views: weighted(terms_of(*views, 0.3), weights, reduction),
+        randn(5, seed=2).exp(),
+        *(randn(5, 3, 4), randn(5, 3, 4, seed=1), randn(5, 4, seed=2), randn(5, 4, seed=3)),
+    )
+
+
+def test_gradcheck_and_compiled_with_weights() -> None:
+    """First and second derivatives; one graph."""
+    loss = of_weights(randn(3, seed=2).exp(), "mean", 0.5)
+    inputs = (*pair(3, 2, 2), *pair(3, 2, seed=1))
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+    torch.compiler.reset()
+    agree(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *inputs)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_with_weights_is_no_worse_than_plain(dtype: torch.dtype) -> None:
+    """Of clips."""
+    weights = randn(16, seed=2).exp().float()
+    shapes = ((16, 4, 32), (16, 4, 32), (16, 32), (16, 32))
+    no_worse_than_plain(
+        of_weights(weights, "mean", 0.07),
+        lambda *views: weighted(terms_of(*views, 0.07), weights, "mean"),
+        *(randn(*shape, seed=k, dtype=dtype) for k, shape in enumerate(shapes)),
+    )
 
 
 def test_spatial_contrast_is_the_mean_over_timesteps() -> None:
@@ -371,6 +430,11 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
     module = HDNCE(list(ALPHA), list(BETA), **options)
     expected = fused_hd_nce(spatial, temporal, alpha=ALPHA, beta=BETA, **options)
     assert torch.equal(module(spatial, temporal), expected)
+    weights = randn(4, seed=9).exp()
+    expected = fused_hd_nce(
+        spatial, temporal, alpha=ALPHA, beta=BETA, sample_weights=weights, **options
+    )
+    assert torch.equal(module(spatial, temporal, sample_weights=weights), expected)
     for name, value in {"alpha": ALPHA, "beta": BETA, **options}.items():
         assert f"{name}={value!r}" in repr(module)
 

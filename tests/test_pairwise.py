@@ -514,6 +514,23 @@ def test_without_gradients_of_y(function: Function) -> None:
                 assert torch.equal(ours, same)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_everything_with_itself(
+    dtype: torch.dtype, function: Function, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """Packed once, as the same tensor is on both sides: the same bits as of a copy."""
+    problems = sums_of(function, [(2, 70, 70, 16)], dtype, mask=Mask(diagonal=False), layout=layout)
+    once = problems._replace(y=problems.x)
+    twice = problems._replace(y=(layout(problems.x[0].clone()),))
+    for run in (cpu.step, in_two):
+        (ours, our_gradients), (terms, gradients) = run(once), run(twice)
+        assert torch.equal(ours.loss, terms.loss)
+        pairs = zip(vectors(our_gradients), vectors(gradients), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_same_bits_again(function: Function, dtype: torch.dtype) -> None:

@@ -6,12 +6,13 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from embeddings import leaf
+from agreement import agree, no_worse_than_plain, weighted
+from embeddings import leaf, randn
 from equations import relative_error
 from torch import Tensor
 
 from hdc_kernels.checks import FLOATING, Backend, Reduction
-from hdc_kernels.siglip import SigLIP, fused_siglip
+from hdc_kernels.siglip import SigLIP, SigLIPMetrics, fused_siglip
 
 BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]
 REDUCTIONS = get_args(Reduction)
@@ -23,13 +24,22 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
-def plain(image: Tensor, text: Tensor, tau: Any, bias: Any, *, normalize: bool = True) -> Tensor:
-    """Every image's sum over the texts, from the matrix of pairs."""
+def plain(
+    image: Tensor,
+    text: Tensor,
+    tau: Any,
+    bias: Any,
+    *,
+    out: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Every image's sum over the texts, from the matrix of pairs, but for those that are `out`."""
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     logits = image @ text.mT / tau + bias
     sign = 2 * torch.eye(*logits.shape, dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum(-1)
+    terms = -F.logsigmoid(sign * logits)
+    return (terms if out is None else terms.masked_fill(out, 0.0)).sum(-1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,6 +75,95 @@ def test_loss_and_gradients_are_the_papers(
             assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sample_weights(reduction: Reduction, backend: Backend) -> None:
+    """Of images; the weights get their gradient, too."""
+
+    def ours(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        return fused_siglip(
+            image,
+            text,
+            temperature=tau,
+            bias=bias,
+            sample_weights=weights,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    agree(
+        ours,
+        lambda image, text, tau, bias, weights: weighted(
+            plain(image, text, tau, bias), weights, reduction
+        ),
+        *(randn(5, 4), randn(7, 4, seed=1), scalar(0.2), scalar(-2.0), randn(5, seed=2).exp()),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("how", ["ids", "list", "matrix", "both"])
+def test_texts_that_do_not_count(how: str, reduction: Reduction, backend: Backend) -> None:
+    """By ids, pair by pair in any order, or as a matrix; an image's own text stands in any case."""
+    image_ids, text_ids = torch.tensor([3, 1, 3, 2, 1]), torch.tensor([3, 1, 3, 2, 1, 7, 3])
+    matrix = torch.rand(5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    matrix[2, 2] = True
+    same, options = image_ids[:, None] == text_ids, {}
+    if how in ("ids", "both"):
+        options["ids"] = image_ids, text_ids
+    if how != "ids":
+        options["false_negatives"] = matrix.nonzero().mT.flip(1) if how == "list" else matrix
+    out = {"ids": same, "both": same | matrix}.get(how, matrix)
+    out = out & ~torch.eye(5, 7, dtype=torch.bool)
+    assert 5 < out.sum() < 20
+
+    def ours(image: Tensor, text: Tensor, tau: Tensor, bias: Tensor) -> Tensor:
+        options.update(temperature=tau, bias=bias, reduction=reduction, backend=backend)
+        return fused_siglip(image, text, **options)
+
+    def exact(*inputs: Tensor) -> Tensor:
+        return weighted(plain(*inputs, out=out), torch.ones(5), reduction)
+
+    agree(ours, exact, randn(5, 4), randn(7, 4, seed=1), scalar(0.3), scalar(-1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_metrics(masked: bool, reduction: Reduction, backend: Backend, dtype: torch.dtype) -> None:
+    """Terms before weights, ranks among the texts that count, also where one is there twice; the value stays."""
+    image, text = randn(9, 4, dtype=dtype), randn(200, 4, seed=1, dtype=dtype)
+    text[:9] += 2 * image
+    text[150] = text[3]
+    ids = (torch.arange(9) % 4, torch.arange(200) % 11)
+    options: dict[str, Any] = {"sample_weights": torch.arange(1.0, 10.0), "reduction": reduction}
+    options |= {"ids": ids, "backend": backend} if masked else {"backend": backend}
+    value, metrics = fused_siglip(image, text, return_metrics=True, **options)
+    assert isinstance(metrics, SigLIPMetrics)
+    assert torch.equal(value, fused_siglip(image, text, **options))
+    assert not metrics.loss.requires_grad
+    out = masked * (ids[0][:, None] == ids[1]) * ~torch.eye(9, 200, dtype=torch.bool)
+    exact = plain(image.double(), text.double(), 0.1, -10.0, out=out)
+    torch.testing.assert_close(metrics.loss.double(), exact, rtol=1e-5, atol=0)
+    cosines = F.normalize(image.double(), dim=1) @ F.normalize(text.double(), dim=1).mT
+    ranks = ((cosines >= cosines.diagonal()[:, None] - 1e-9) & ~out).sum(1) - 1
+    assert 0 < (ranks == 0).sum() < 9
+    assert metrics.rank.tolist() == ranks.tolist()
+    assert metrics.accuracy.item() == pytest.approx((ranks == 0).double().mean().item())
+    assert metrics.accuracy.dtype == torch.float32
+
+
+def test_a_nan_is_no_hit() -> None:
+    """It beats no text, and no image beats a text of NaN."""
+    image, text = randn(4, 3), randn(4, 3, seed=1)
+    image[1] = math.nan
+    _, metrics = fused_siglip(image, text, return_metrics=True)
+    assert metrics.rank[1] == 3
+    _, metrics = fused_siglip(text, image, return_metrics=True)
+    assert (metrics.rank[[0, 2, 3]] > 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(reduction: Reduction) -> None:
     """First and second derivatives for image, text, temperature and bias."""
@@ -75,6 +174,32 @@ def test_gradcheck(reduction: Reduction) -> None:
     inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.3), scalar(-1.0))
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_gradcheck_and_compiled_with_options() -> None:
+    """First and second derivatives, those of the weights too; one graph."""
+    ids = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2, 1])
+    pairs = torch.tensor([[2, 0], [3, 1]])
+
+    def loss(image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+        return fused_siglip(
+            image,
+            text,
+            bias=-1.0,
+            temperature=0.3,
+            ids=ids,
+            false_negatives=pairs,
+            sample_weights=weights,
+        )
+
+    inputs = (leaf(3, 3), leaf(4, 3, seed=1), torch.arange(1.0, 4.0).double().requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+    torch.compiler.reset()
+    agree(torch.compile(loss, fullgraph=True, backend="aot_eager"), loss, *inputs)
+    compiled = torch.compile(fused_siglip, fullgraph=True, backend="aot_eager")
+    found, expected = (f(*inputs[:2], return_metrics=True) for f in (compiled, fused_siglip))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_compiled_equals_eager() -> None:
@@ -111,6 +236,21 @@ def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, tau: float) -
     for slope, (our, their) in zip(slopes, found, strict=True):
         assert our.dtype == dtype
         assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_with_options_is_no_worse_than_plain(dtype: torch.dtype) -> None:
+    """Weights and ids; and pairs."""
+    weights, ids = randn(33, seed=2).exp().float(), torch.arange(33) // 2
+    out = (ids[:, None] == ids) & ~torch.eye(33, dtype=torch.bool)
+    no_worse_than_plain(
+        lambda image, text: (
+            fused_siglip(image, text, sample_weights=weights, ids=ids)
+            + fused_siglip(image, text, sample_weights=weights, false_negatives=out)
+        ),
+        lambda image, text: 2 * weighted(plain(image, text, 0.1, -10.0, out=out), weights, "mean"),
+        *(randn(33, 64, dtype=dtype), randn(33, 64, seed=1, dtype=dtype)),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,6 +324,13 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
     module = SigLIP(4.0, -3.0, **options).double()
     expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **options)
     torch.testing.assert_close(module(image, text), expected, rtol=1e-6, atol=0)
+    given: dict[str, Any] = {
+        "ids": torch.tensor([0, 1, 0, 1, 2]),
+        "false_negatives": torch.tensor([[3], [4]]),
+        "sample_weights": randn(5, seed=2).exp(),
+    }
+    expected = fused_siglip(image, text, temperature=0.25, bias=-3.0, **given, **options)
+    torch.testing.assert_close(module(image, text, **given), expected, rtol=1e-6, atol=0)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(module)
 
@@ -195,6 +342,17 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
         ({"bias": "b"}, TypeError, "bias is a str; it must be a number or a tensor"),
         ({"bias": math.inf}, ValueError, "bias is inf; it must be finite"),
         ({"bias": torch.zeros(2)}, ValueError, r"bias is a float32 tensor \[2\]; as a tensor"),
+        (
+            {"sample_weights": torch.ones(4)},
+            ValueError,
+            r"sample_weights has shape \[4\] on cpu; it",
+        ),
+        ({"ids": torch.ones(4).long()}, ValueError, r"ids of image has shape \[4\] but image has"),
+        (
+            {"false_negatives": torch.ones(2, 2).bool()},
+            ValueError,
+            r"false_negatives has shape \[2, 2\] and .* must be \[2, E\] integers or \[3, 3\] bool",
+        ),
         ({"reduction": "max"}, ValueError, "reduction is 'max'; it must be one of"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'; it must be one of"),
     ],

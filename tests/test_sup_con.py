@@ -6,13 +6,14 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from embeddings import leaf
+from agreement import agree, no_worse_than_plain, weighted
+from embeddings import leaf, randn
 from equations import relative_error
 from torch import Tensor, nn
 
 from hdc_kernels.checks import FLOATING, Backend, Reduction
 from hdc_kernels.info_nce import fused_info_nce
-from hdc_kernels.sup_con import Definition, SupCon, fused_sup_con
+from hdc_kernels.sup_con import Definition, SupCon, WithoutPositive, fused_sup_con
 
 BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]
 DEFINITIONS = get_args(Definition)
@@ -151,6 +152,42 @@ def test_loss_and_gradients_are_the_definitions(
             assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("how", ["labels", "list"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("definition", "without_positive"),
+    [("out", "exclude"), ("out", "zero"), ("in", "exclude"), ("each", "exclude")],
+)
+def test_sample_weights(
+    definition: Definition, without_positive: WithoutPositive, reduction: Reduction, how: str
+) -> None:
+    """Of anchors, as often as each counts; they get their gradient."""
+    given = case("more", 3)
+    arguments = given.arguments if how == "labels" else listed(given)
+    del arguments["other"]
+    counts = given.positive.sum(-1)
+    if definition != "each":
+        counts = (counts > 0).long() if without_positive == "exclude" else torch.ones_like(counts)
+
+    def ours(x: Tensor, y: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        return fused_sup_con(
+            x,
+            other=y,
+            temperature=tau,
+            definition=definition,
+            without_positive=without_positive,
+            sample_weights=weights,
+            reduction=reduction,
+            **arguments,
+        )
+
+    def exact(x: Tensor, y: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        terms = plain(x, y, tau, given.positive, given.holds_self, definition)
+        return weighted(terms, weights, reduction, counts)
+
+    agree(ours, exact, given.x, given.y, scalar(0.3), randn(10, seed=2).exp())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_positives_that_no_labels_describe(definition: Definition, backend: Backend) -> None:
@@ -172,6 +209,17 @@ def test_positives_that_no_labels_describe(definition: Definition, backend: Back
         found = torch.autograd.grad(loss, (x, tau))
         for ours, truth in zip(found, torch.autograd.grad(expected, (x, tau)), strict=True):
             assert relative_error(ours, truth) < 1e-12
+
+
+@pytest.mark.parametrize("others", ["themselves", "fewer", "memory"])
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_positives_as_a_matrix(definition: Definition, others: str) -> None:
+    """The same as its list; an anchor's entry with itself does not count."""
+    given = case(others)
+    arguments = {k: v for k, v in given.arguments.items() if not k.endswith("labels")}
+    matrix = given.positive | (torch.eye(*given.positive.shape) > 0 if given.holds_self else False)
+    found = fused_sup_con(given.x, definition=definition, positives=matrix, **arguments)
+    assert torch.equal(found, fused_sup_con(given.x, definition=definition, **listed(given)))
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
@@ -214,6 +262,11 @@ def test_nothing_to_pull_or_nothing_to_push(
         loss = fused_sup_con(
             x, **arguments, temperature=tau, definition=definition, backend=backend
         )
+        weights = torch.full((size,), 0.1, dtype=torch.float64)
+        same = fused_sup_con(
+            x, **arguments, temperature=tau, definition=definition, sample_weights=weights
+        )
+        assert same.item() == pytest.approx(loss.item(), rel=1e-12)
         gradients = torch.autograd.grad(loss, (x, tau))
         if pairs is every and definition == "out":
             positive = ~torch.eye(4, dtype=torch.bool)
@@ -253,7 +306,7 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", ["labels", "list"])
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_gradcheck(definition: Definition, how: str) -> None:
-    """First and second derivatives for embeddings, others and temperature."""
+    """First and second derivatives for embeddings, others, temperature and weights."""
     labels, other_labels = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1, 2])
     pairs = (labels[:, None] == other_labels).nonzero().mT
     chosen = (
@@ -262,10 +315,11 @@ def test_gradcheck(definition: Definition, how: str) -> None:
         else {"positives": pairs}
     )
 
-    def loss(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-        return fused_sup_con(x, other=y, temperature=tau, definition=definition, **chosen)
+    def loss(x: Tensor, y: Tensor, tau: Tensor, weights: Tensor) -> Tensor:
+        options = {"definition": definition, "sample_weights": weights}
+        return fused_sup_con(x, other=y, temperature=tau, **options, **chosen)
 
-    inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.5))
+    inputs = (leaf(3, 3), leaf(4, 3, seed=1), scalar(0.5), randn(3, seed=2).exp().requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)
 
@@ -277,6 +331,7 @@ def test_compiled_equals_eager(definition: Definition, how: str) -> None:
     torch.compiler.reset()
     given, tau = case("themselves"), scalar(0.2)
     arguments = given.arguments if how == "labels" else listed(given)
+    arguments["sample_weights"] = randn(10, seed=2).exp()
 
     def loss(x: Tensor, tau: Tensor) -> Tensor:
         return fused_sup_con(x, temperature=tau, definition=definition, **arguments)
@@ -315,6 +370,25 @@ def test_half_precision_is_no_worse_than_plain(
     (our,), (their,) = (torch.autograd.grad(loss, given.x) for loss in (ours, theirs))
     assert our.dtype == dtype
     assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_with_weights_is_no_worse_than_plain(
+    dtype: torch.dtype, definition: Definition
+) -> None:
+    """Of anchors."""
+    given, weights = case("themselves", seed=3, dtype=dtype), randn(10, seed=2).exp().float()
+    counts = given.positive.sum(-1)
+    counts = counts if definition == "each" else counts > 0
+    options: dict[str, Any] = {"definition": definition, "sample_weights": weights}
+    no_worse_than_plain(
+        lambda x: fused_sup_con(x, **given.arguments, **options),
+        lambda x: weighted(
+            plain(x, x, 0.07, given.positive, True, definition), weights, "mean", counts
+        ),
+        given.x,
+    )
 
 
 @pytest.mark.parametrize("how", ["labels", "list"])
@@ -373,6 +447,9 @@ def test_module_equals_function(options: dict[str, Any]) -> None:
         for arguments in (given.arguments, listed(given)):
             expected = fused_sup_con(given.x, **arguments, **options)
             assert torch.equal(module(given.x, **arguments), expected)
+            arguments["sample_weights"] = randn(10, seed=2).exp()
+            expected = fused_sup_con(given.x, **arguments, **options)
+            assert torch.equal(module(given.x, **arguments), expected)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(module)
     assert list(SupCon(nn.Parameter(torch.tensor(0.2))).state_dict()) == ["temperature"]
@@ -423,8 +500,16 @@ PAIRS = torch.tensor([[0], [1]])
         ({"labels": ONES, "other": [1]}, TypeError, "other is a list; it must be a tensor"),
         ({"positives": [[0], [1]]}, TypeError, "positives is a list; it must be a tensor of"),
         ({"positives": PAIRS.float()}, TypeError, "positives has dtype torch.float32; it must"),
-        ({"positives": PAIRS.bool()}, TypeError, "positives has dtype torch.bool; it must be"),
-        ({"positives": PAIRS.T}, ValueError, r"positives has shape \[1, 2\]; it must be \[2, E\]"),
+        (
+            {"positives": PAIRS.bool()},
+            ValueError,
+            r"positives has shape \[2, 1\] and dtype torch.bool; it must be .* or \[3, 3\] bool",
+        ),
+        (
+            {"positives": PAIRS.T},
+            ValueError,
+            r"positives has shape \[1, 2\] and dtype torch.int64; it must be \[2, E\] integers or",
+        ),
         (
             {"positives": PAIRS, "other": X, "other_labels": ONES},
             ValueError,
@@ -435,6 +520,11 @@ PAIRS = torch.tensor([[0], [1]])
             {"labels": ONES, "without_positive": "nan"},
             ValueError,
             "without_positive is 'nan'; it must be one of 'exclude', 'zero'",
+        ),
+        (
+            {"labels": ONES, "sample_weights": ONES[:2]},
+            ValueError,
+            r"sample_weights has shape \[2\] on cpu; it must be \[3\]",
         ),
         ({"labels": ONES, "temperature": 0}, ValueError, "temperature is 0; it must be positive"),
     ],

@@ -61,7 +61,8 @@ class Problems(NamedTuple):
     mask: Mask = EVERYTHING
     bias: Tensor | None = None  # [T] in the dtype of `reference.compute_dtype`, for "softplus"
     needs_y: bool = True  # whether gradients of y are asked for; a queue of keys needs none
-    ranked: bool = False  # whether `Terms.ranks` are asked for; "info_nce" only
+    # Whether `Terms.ranks` are asked for, by "info_nce" or where the mask leaves the diagonal out; needs N_k ≥ M_k.
+    ranked: bool = False
     beta: float = 1.0  # β > 0, for "tilted"
 
     @property
@@ -79,7 +80,8 @@ class Terms(NamedTuple):
         meaning but for "info_nce".
     lse: [1, T] of dtype LSE_DTYPE, the rows' lse_i; `symmetric` gives [2, T], with that of the columns
         below; so does "tilted", (1 + β) above and β below. Without a meaning for "softplus".
-    ranks: [T] int64, how many of the row's negatives the positive's logit is not above; None unless `ranked`.
+    ranks: [T] int64, how many of the row's other columns, of those that the mask lets through, the diagonal's logit
+        is not above; None unless `ranked`.
     """
 
     total: Tensor

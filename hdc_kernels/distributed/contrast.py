@@ -14,8 +14,6 @@ from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.rows import Rows
 from hdc_kernels.positives import info_nce_terms, positive_logits
 
-Ids = tuple[Tensor, Tensor]
-
 
 def contrast_across(
     queries: Rows,
@@ -26,19 +24,21 @@ def contrast_across(
     divisor: int = 1,
     symmetric: bool = False,
     rows_first: int = 0,
-    ids: Ids | None = None,
+    mask: Mask = EVERYTHING,
     ranked: bool = False,
     hits: bool = False,
     **options: Any,
 ) -> Contrast:
     """`contrast` of each x [own, ..., D] with the y [own, ..., D] of all ranks: this rank's terms and its share.
 
-    `ids` [own] of x and y are compared across all ranks. Hits are right only if `hits` or ranks are asked for.
+    The ids of `mask`, of this rank's x and y, are compared across all ranks. Hits are right only if `hits` or ranks
+    are asked for.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
-    sides = [(x, y, keys, _mask(keys, ids))]
+    sides = [(x, y, keys, mask_across(keys, mask))]
     if symmetric:
-        sides.append((y, x, queries, _mask(queries, None if ids is None else ids[::-1])))
+        back = mask if mask.ids is None else mask._replace(ids=mask.ids[::-1])
+        sides.append((y, x, queries, mask_across(queries, back)))
     if keys.prefers_ring(*(t for side in sides for t in side[1])):
         return _around(sides, weights, divisor, rows_first, ranked or hits, options)
     found = [
@@ -53,13 +53,13 @@ def contrast_across(
         )
         for k, (own, others, columns, mask) in enumerate(sides)
     ]
-    forth, *back = found
-    if not back:
+    forth = found[0]
+    if not symmetric:
         return forth
     if weights is not None:
-        terms = (forth.terms + back[0].terms) / 2
-        return forth._replace(value=forth.value + back[0].value, terms=terms)
-    value = (forth.value + back[0].value) / 2
+        terms = (forth.terms + found[1].terms) / 2
+        return forth._replace(value=forth.value + found[1].value, terms=terms)
+    value = (forth.value + found[1].value) / 2
     return forth._replace(value=value, terms=value.detach())
 
 
@@ -108,11 +108,12 @@ def _around(
     return Contrast(value, terms.detach(), hit, ranks if ranked else None)
 
 
-def _mask(columns: Rows, ids: Ids | None) -> Mask:
-    if ids is None:
-        return EVERYTHING
-    everybody = columns.gather_integers(ids[1].long())
-    return Mask(ids=(ids[0].long().unsqueeze(0), everybody.unsqueeze(0)))
+def mask_across(columns: Rows, mask: Mask) -> Mask:
+    """A mask with the ids of this rank's columns, [1, own], as one with those of all ranks."""
+    if mask.ids is None:
+        return mask
+    x_ids, y_ids = mask.ids
+    return mask._replace(ids=(x_ids, columns.gather_integers(y_ids.squeeze(0)).unsqueeze(0)))
 
 
 def _by_problem(logits: Tensor, rows_first: bool) -> Tensor:

@@ -75,11 +75,7 @@ class Rows(NamedTuple):
         first = sum(self.sizes[: self.ranks.group.rank()])
         return torch.arange(self.size, device=device).roll(-first)
 
-    def shown(self, share: Tensor, reduction: str) -> Tensor:
-        """A loss out of this rank's terms ("none") or share of the total, whose divisor is in it already."""
-        return self.local(share) if reduction == "none" else self.total(share)
-
-    def reduce(self, terms: Tensor, reduction: str, count: int | Tensor | None = None) -> Tensor:
+    def reduce(self, terms: Tensor, reduction: str, count: int | None = None) -> Tensor:
         """As `reference.reduce` over the terms of all ranks; `count` of them, one for each row if not given."""
         if reduction == "none":
             return self.local(terms)

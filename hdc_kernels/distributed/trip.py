@@ -110,10 +110,14 @@ def differentiate_labels(
 
 def sums_by_label(y: Tensor, y_labels: Tensor, x_labels: Tensor) -> Tensor:
     """For each label of x, the sum of the y of the same: [M, D]."""
-    labels = torch.cat((y_labels, x_labels))
-    place = torch.searchsorted(labels.sort().values, labels)
-    sums = y.new_zeros(len(labels), y.shape[1]).index_add(0, place[: len(y)], y)
-    return sums[place[len(y) :]]
+    ordered, last = y_labels.sort().values, len(y)
+    place = torch.searchsorted(ordered, x_labels)
+    there = torch.searchsorted(ordered, x_labels, right=True) > place
+    sums = y.new_zeros(
+        last + 1, y.shape[1]
+    )  # where a label's first y is in their order; the last stays 0
+    sums = sums.index_add(0, torch.searchsorted(ordered, y_labels), y)
+    return sums[torch.where(there, place, last)]
 
 
 def _trip(rows: Rows, y: Sequence[Tensor]) -> Iterator[Block]:
