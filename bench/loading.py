@@ -1,0 +1,236 @@
+"""How fast videos become views here: the training loader beside a plain loop, on prepared and unprepared files.
+
+    python bench/loading.py
+    python bench/loading.py --folder FOLDER       keep the videos that it makes, or take those of last time
+    python bench/loading.py --out result.json
+
+A video gives two clips of 16 frames and three views of 112 × 112, as in pretraining. Ours is what `hdc-train pretrain`
+runs on a CPU, with a decoding process a core; the plain loop is `plain_loop.py`. The files lie in the page
+cache. Unprepared ones are 320 × 240, 240 frames, H.264 with x264's defaults (keyframes up to 250 frames apart), drawn
+by `hdc.data.synthetic` with noise added until they are as large as camera footage (about 2 kB a frame: UCF101 has 2.6);
+prepared ones are what `hdc-train prepare` makes of these.
+
+The contenders take turns, round after round, and the table has the medians. A round starts its processes anew
+and begins to count when their first batches, made in advance, are used up.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import machine
+import numpy as np
+import plain_loop
+import torch
+from torch import Generator
+
+from hdc.config import PretrainConfig
+from hdc.data.clips import TrainingClips, training_loader
+from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.prepare import MANIFEST, PrepareConfig, prepare
+from hdc.data.synthetic import FPS, MOTIONS, TAKE_FRAMES, draw_takes
+from hdc.pretrain import make_views
+from hdc.share import Share
+
+WIDTH, HEIGHT, NOISE = 320, 240, 8.0
+CLIPS = 2  # a video
+BATCH = 16
+OURS, PLAIN = "ours", "plain loop"
+ALONE = "decoding alone"
+Run = Iterator[int]  # yields the number of videos that were done since the last time
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`start` begins a run over a manifest; `ahead` videos of it may have been made before it counts."""
+
+    name: str
+    start: Callable[[Manifest], Run]
+    ahead: int = 1
+
+
+def ours(manifest: Manifest, workers: int, views: bool) -> Run:
+    """The batches of a pretraining run, with its augmentation or without."""
+    config = PretrainConfig(data=str(manifest.source), batch_size=BATCH)
+    rows = manifest.take(np.arange(max(BATCH, len(manifest))) % len(manifest))
+    labels = np.zeros(len(rows), dtype=np.int64)
+    dataset = TrainingClips(rows, labels, config.clips, views=CLIPS, seed=0)
+    loader = training_loader(
+        dataset,
+        batch_size=BATCH,
+        epochs=1_000_000,
+        first_step=0,
+        workers=workers,
+        pin_memory=False,
+    )
+    generator = Generator().manual_seed(0)
+    for batch in loader:
+        assert not batch.unreadable
+        if views:
+            make_views(batch.clips, config, generator, Share(0, BATCH, BATCH, 1))
+        yield BATCH
+
+
+def contenders(workers: int) -> tuple[list[Contender], dict[str, str]]:
+    """Who is there, and why the others are not."""
+    ahead = 2 * workers * BATCH  # DataLoader's prefetch_factor
+    found = [
+        Contender(OURS, partial(ours, workers=workers, views=True), ahead),
+        Contender(PLAIN, _plain(plain_loop.decode_with_pyav, plain_loop.augment_with_torch)),
+        Contender(f"{OURS}, {ALONE}", partial(ours, workers=workers, views=False), ahead),
+        Contender(f"{PLAIN}, {ALONE}", _plain(plain_loop.decode_with_pyav, None)),
+    ]
+    missing = {}
+    for name, make in (
+        ("torchcodec", lambda: _plain(plain_loop.torchcodec(), plain_loop.augment_with_torch)),
+        ("kornia", lambda: _plain(plain_loop.decode_with_pyav, plain_loop.kornia())),
+    ):
+        try:
+            found.append(Contender(f"{PLAIN} with {name}", make()))
+        except (
+            ImportError,
+            RuntimeError,
+            OSError,
+        ) as error:  # torchcodec without FFmpeg's libraries
+            missing[f"{PLAIN} with {name}"] = f"missing: {str(error).splitlines()[0]}"
+    return found, missing
+
+
+def _plain(
+    decode: plain_loop.Decode, augment: plain_loop.Augment | None
+) -> Callable[[Manifest], Run]:
+    return partial(plain_loop.run, decode=decode, augment=augment)
+
+
+def speed(contender: Contender, manifest: Manifest, seconds: float) -> float:
+    """Videos a second."""
+    run = contender.start(manifest)
+    done = 0
+    while done < contender.ahead:
+        done += next(run)
+    done, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < seconds:
+        done += next(run)
+    run.close()  # type: ignore[attr-defined]
+    return done / taken
+
+
+def make_videos(folder: Path, videos: int, takes: int) -> dict[str, Manifest]:
+    """Manifests of the same videos "prepared" and "unprepared", below `folder`."""
+    raw, small = folder / "unprepared", folder / "prepared"
+    if not (small / MANIFEST).exists():
+        with ProcessPoolExecutor(machine.cores()) as pool:
+            list(pool.map(_write_video, itertools.repeat(raw), range(videos), [takes] * videos))
+        prepare("folder", raw, small, PrepareConfig())
+    prepared = read_manifest(small / MANIFEST)
+    where = np.array([f"../unprepared/{path}" for path in prepared.path])
+    unprepared = Manifest(prepared.source, where, prepared.start, prepared.frames, {})
+    return {"prepared": prepared, "unprepared": unprepared}
+
+
+def _write_video(folder: Path, number: int, takes: int) -> None:
+    motion = MOTIONS[number % len(MOTIONS)]
+    rng = np.random.default_rng(number)
+    path = folder / motion / f"{number}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for _, images in draw_takes(motion, rng, takes=takes, width=WIDTH, height=HEIGHT):
+            for image in images:
+                noisy = image + rng.normal(0, NOISE, image.shape)
+                image = noisy.clip(0, 255).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def bytes_a_frame(manifest: Manifest) -> float:
+    """Of the files."""
+    sizes = [manifest.file(row).stat().st_size for row in range(len(manifest))]
+    return sum(sizes) / int(manifest.frames.sum())
+
+
+def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    manifests = make_videos(folder, given.videos, given.takes)
+    who, missing = contenders(given.workers)
+    found: dict[str, dict[str, list[float]]] = {c.name: {f: [] for f in manifests} for c in who}
+    for _ in range(given.rounds):
+        for contender in who:
+            for files, manifest in manifests.items():
+                found[contender.name][files].append(speed(contender, manifest, given.seconds))
+    return {
+        "machine": machine.describe(),
+        "settings": {
+            "videos": len(manifests["prepared"]),
+            "frames": given.takes * TAKE_FRAMES,
+            "workers": given.workers,
+            "threads": torch.get_num_threads(),
+            "batch": BATCH,
+            "rounds": given.rounds,
+            "seconds": given.seconds,
+            "bytes_a_frame": {name: bytes_a_frame(m) for name, m in manifests.items()},
+        },
+        "videos_a_second": found,
+        "missing": missing,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the medians, and what they come to."""
+    found = result["videos_a_second"]
+    medians = {
+        name: {files: statistics.median(values) for files, values in by_files.items()}
+        for name, by_files in found.items()
+    }
+    lines = [
+        "| | prepared: videos/s | clips/s | unprepared: videos/s | clips/s |",
+        "|---" * 5 + "|",
+    ]
+    for name, by_files in medians.items():
+        cells = [f"{x:.1f} | {CLIPS * x:.1f}" for x in by_files.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name} | {why} | | | |" for name, why in result["missing"].items()]
+    lines.append("")
+    for what, above, below in (
+        ("ours beside the plain loop, both on prepared files", OURS, (PLAIN, "prepared")),
+        ("ours on prepared files beside the plain loop on unprepared ones", OURS, (PLAIN, "unprepared")),
+        (f"the first, {ALONE}", f"{OURS}, {ALONE}", (f"{PLAIN}, {ALONE}", "prepared")),
+        (f"the second, {ALONE}", f"{OURS}, {ALONE}", (f"{PLAIN}, {ALONE}", "unprepared")),
+    ):  # fmt: skip
+        # Of the same round: what else the machine did then slowed both.
+        pairs = zip(found[above]["prepared"], found[below[0]][below[1]], strict=True)
+        lines.append(f"- {what}: {statistics.median(a / b for a, b in pairs):.1f} ×")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="of the videos; default: a temporary one")
+    parser.add_argument("--videos", type=int, default=12, help="default: %(default)s")
+    parser.add_argument(
+        "--takes", type=int, default=15, help="of 16 frames each; default: %(default)s"
+    )
+    parser.add_argument("--workers", type=int, default=machine.cores(), help="default: the cores")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a round; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="a JSON file to write, too")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = measure(given, given.folder or Path(temporary))
+    print(table(result))
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
