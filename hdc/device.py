@@ -51,9 +51,12 @@ def decoding_workers(config: CommandConfig) -> int:
         return config.workers
     if pick_device(config).type == "cpu":
         return 0
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    own = cores()
     if distributed.world() > 1:
-        cores = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
-    return min(16, cores)
+        own = max(1, own // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return min(16, own)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

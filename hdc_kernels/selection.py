@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hdc_kernels.backends import Implementation
 
+PLAIN = ("torch", "chunked")  # what autograd sees through
 PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
 
 
