@@ -1,6 +1,7 @@
 """Frozen features: one vector per row of a manifest, for retrieval and for the linear probe."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
 from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import ClipConfig, Unreadable, loop
+from hdc.data.crashes import Readers
 from hdc.data.manifest import Manifest, Part
 from hdc.data.video import Frames, VideoError, read_all
 from hdc.device import decoding_workers, pick_device
@@ -73,11 +75,12 @@ def cut(frames: Frames, start: int, clip_frames: int) -> Frames:
 class WholeVideos(Dataset[Frames | Unreadable]):
     """Every frame of every row, decoded from the first one on: uint8 [frames, H, W, 3]."""
 
-    def __init__(self, manifest: Manifest, config: ClipConfig) -> None:
+    def __init__(self, manifest: Manifest, config: ClipConfig, workers: int) -> None:
         if config.short_videos == "error":
             manifest.check_length(config.frames)
         self.manifest = manifest
         self.config = config
+        self.readers = Readers(manifest, workers)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -85,25 +88,31 @@ class WholeVideos(Dataset[Frames | Unreadable]):
     def __getitem__(self, row: int) -> Frames | Unreadable:
         first, count = int(self.manifest.start[row]), int(self.manifest.frames[row])
         try:
-            return read_all(self.manifest.file(row), self.config.size, first, count)
+            with self.readers.reading(row):
+                return read_all(self.manifest.file(row), self.config.size, first, count)
         except VideoError as error:
             return Unreadable(str(error.path), error.reason)
 
 
+@contextmanager
 def readable_videos(
     manifest: Manifest,
     rows: Sequence[int],
     config: CommandConfig,
     name: str,
     unreadable: dict[int, Unreadable],
-) -> Iterator[tuple[int, Frames]]:
-    """(row, frames) of those of `rows` that can be decoded, with a progress bar; `unreadable` gets the rest."""
+) -> Iterator[Iterator[tuple[int, Frames]]]:
+    """(row, frames) of those of `rows` that can be decoded, with a progress bar; `unreadable` gets the rest.
+
+    Raises:
+        InputError: a video is missing, or a decoding process died.
+    """
     manifest.check_files()
-    dataset = WholeVideos(manifest, config.clips)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=rows, num_workers=decoding_workers(config)
-    )
-    with ProgressBar(name, len(rows)) as bar:
+    workers = decoding_workers(config)
+    dataset = WholeVideos(manifest, config.clips, workers)
+    loader = DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers)
+
+    def videos() -> Iterator[tuple[int, Frames]]:
         for row, video in zip(rows, loader, strict=True):
             if isinstance(video, Unreadable):
                 warn(f"skipped {video.path}: {video.reason}")
@@ -111,6 +120,9 @@ def readable_videos(
             else:
                 yield row, np.asarray(video)
             bar.advance()
+
+    with ProgressBar(name, len(rows)) as bar, dataset.readers.name_crashes():
+        yield videos()
 
 
 def merge_unreadable(own: dict[int, Unreadable], rows: int) -> list[Unreadable]:
@@ -169,14 +181,16 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
         pooled.extend(vectors.split([len(video) for video in videos]))
 
     waiting: list[Tensor] = []
-    for row, video in readable_videos(rows, own, config, f"features of {part} videos", unreadable):
-        starts = clip_starts(len(video), frames, count)
-        clips = np.stack([cut(video, start, frames) for start in starts])
-        waiting.append(torch.from_numpy(center_square(clips, config.crop_size)))
-        kept.append(row)
-        if sum(map(len, waiting)) >= CLIPS_AT_ONCE:
-            encode(waiting)
-            waiting.clear()
+    name = f"features of {part} videos"
+    with readable_videos(rows, own, config, name, unreadable) as videos:
+        for row, video in videos:
+            starts = clip_starts(len(video), frames, count)
+            clips = np.stack([cut(video, start, frames) for start in starts])
+            waiting.append(torch.from_numpy(center_square(clips, config.crop_size)))
+            kept.append(row)
+            if sum(map(len, waiting)) >= CLIPS_AT_ONCE:
+                encode(waiting)
+                waiting.clear()
     if waiting:
         encode(waiting)
     entries = merge_unreadable(unreadable, len(rows))
