@@ -5,8 +5,8 @@ seeking to the keyframe before it and taking frames in decode order from there: 
 store no presentation times, and filtering by them would lose frames.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -104,10 +104,10 @@ def store_clips(path: Path, starts: list[int], frames: int, short_side: int, sto
             found = None if origin is None else _seek_keyframe(container, stream, origin, start)
             if found:
                 packet, first = found
-                decoded = _decode(packet, container, stream)
-                for frame in islice(decoded, start - first, start - first + frames):
-                    store(clip, stored, resize(frame))
-                    stored += 1
+                with closing(_decode(container, stream, packet)) as decoded:
+                    for frame in islice(decoded, start - first, start - first + frames):
+                        store(clip, stored, resize(frame))
+                        stored += 1
             if stored < frames:
                 # No usable times, or ones that lead past the end (a varying frame rate): count from
                 # the beginning.
@@ -122,10 +122,10 @@ def read_all(path: Path, short_side: int, start: int = 0, frames: int | None = N
 
 def _count_to(path: Path, short_side: int, start: int, frames: int | None) -> Iterator[np.ndarray]:
     """The frames from `start` on, `frames` of them or all; a VideoError where they are not there."""
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream), closing(_decode(container, stream)) as decoded:
         resize = _Resizer(short_side)
         found = 0
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(decoded):
             if frames is not None and number >= start + frames:
                 break
             found = number + 1
@@ -168,7 +168,7 @@ def _origin(container: InputContainer, stream: VideoStream) -> int | None:
     The first packet has it, unless an edit list cuts that packet off. `stream.start_time` will not do
     for an AVI with B-frames, where it is a decoding time.
     """
-    packet = next(container.demux(stream))
+    packet = _next_packet(container, stream)
     return stream.start_time if packet.is_discard else _time(packet)
 
 
@@ -189,7 +189,7 @@ def _seek_keyframe(
             container.seek(origin + round(target / rate / unit), stream=stream)
         except av.FFmpegError:
             return None
-        packet = next(container.demux(stream))
+        packet = _next_packet(container, stream)
         time = _time(packet)
         if time is not None and packet.is_keyframe:
             first = round((time - origin) * unit * rate)
@@ -198,13 +198,32 @@ def _seek_keyframe(
     return None
 
 
+def _next_packet(container: InputContainer, stream: VideoStream) -> "Packet[VideoStream]":
+    with demux(container, stream) as packets:
+        return next(packets)
+
+
 def _decode(
-    packet: "Packet[VideoStream]", container: InputContainer, stream: VideoStream
-) -> Iterator[VideoFrame]:
-    """The frames of `packet` and of all that follow it (the last packet flushes the decoder)."""
-    yield from stream.decode(packet)
-    for following in container.demux(stream):
-        yield from stream.decode(following)
+    container: InputContainer, stream: VideoStream, first: "Packet[VideoStream] | None" = None
+) -> Generator[VideoFrame, None, None]:
+    """The frames of `first` and of all packets that follow it (the last one flushes the decoder)."""
+    if first:
+        yield from stream.decode(first)
+    with demux(container, stream) as packets:
+        for packet in packets:
+            yield from stream.decode(packet)
+
+
+@contextmanager
+def demux(
+    container: InputContainer, stream: VideoStream
+) -> "Iterator[Iterator[Packet[VideoStream]]]":
+    """From where the file is. PyAV 18.1 loses 0.3 kB for every such iterator that is dropped, not closed."""
+    packets = container.demux(stream)
+    try:
+        yield packets
+    finally:
+        packets.close()  # type: ignore[attr-defined]
 
 
 def _too_short(start: int, frames: int, found: int) -> str:
