@@ -27,6 +27,7 @@ from hdc.config import (
     TestConfig,
 )
 from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.pack import PackConfig, pack
 from hdc.data.prepare import BAD_FILES, DATASETS, LOG, MISSING, PrepareConfig, check, prepare
 from hdc.data.ucf101 import index_ucf101
 from hdc.demo import DemoConfig, demo
@@ -149,6 +150,17 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
     return 0
 
 
+def run_pack(config: PackConfig, data: str) -> None:
+    """Decode a prepared dataset to disk, so that training need not."""
+
+    def announce(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    with ProgressBar("packing", 1) as bar:
+        packed = pack(Path(data), config, announce, bar.set)
+    announce(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
+
+
 def run_report(config: ReportConfig, run: str) -> None:
     """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
     path = report(Path(run), config)
@@ -220,6 +232,12 @@ COMMANDS = {
             Place("SRC", "the dataset's folder, as it came"),
             Place("DST", "the folder to write; killed at any moment, the same command goes on"),
         ),
+    ),
+    "pack": Command(
+        PackConfig,
+        run_pack,
+        "hdc-train pack data/ucf101",
+        (Place("DATA", "a prepared folder, or a manifest; killed, the same command goes on"),),
     ),
     "report": Command(
         ReportConfig,

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
 from hdc.config import CommandConfig, FeatureConfig
-from hdc.data.clips import ClipConfig, Unreadable, loop
-from hdc.data.crashes import Readers
+from hdc.data.clips import Unreadable, loop
 from hdc.data.manifest import Manifest, Part
-from hdc.data.video import Frames, VideoError, read_all
+from hdc.data.packed import find_pack
+from hdc.data.video import Frames
+from hdc.data.whole_videos import WholeVideos
 from hdc.device import decoding_workers, pick_device
 from hdc.errors import InputError
 from hdc.progress import ProgressBar, warn
@@ -72,28 +73,6 @@ def cut(frames: Frames, start: int, clip_frames: int) -> Frames:
     )
 
 
-class WholeVideos(Dataset[Frames | Unreadable]):
-    """Every frame of every row, decoded from the first one on: uint8 [frames, H, W, 3]."""
-
-    def __init__(self, manifest: Manifest, config: ClipConfig, workers: int) -> None:
-        if config.short_videos == "error":
-            manifest.check_length(config.frames)
-        self.manifest = manifest
-        self.config = config
-        self.readers = Readers(manifest, workers)
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitem__(self, row: int) -> Frames | Unreadable:
-        first, count = int(self.manifest.start[row]), int(self.manifest.frames[row])
-        try:
-            with self.readers.reading(row):
-                return read_all(self.manifest.file(row), self.config.size, first, count)
-        except VideoError as error:
-            return Unreadable(str(error.path), error.reason)
-
-
 @contextmanager
 def readable_videos(
     manifest: Manifest,
@@ -108,8 +87,10 @@ def readable_videos(
         InputError: a video is missing, or a decoding process died.
     """
     manifest.check_files()
-    workers = decoding_workers(config)
-    dataset = WholeVideos(manifest, config.clips, workers)
+    if config.clips.short_videos == "error":
+        manifest.check_length(config.clips.frames)
+    workers, size = decoding_workers(config), config.clips.size
+    dataset = WholeVideos(manifest, size, workers, find_pack(manifest, size))
     loader = DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers)
 
     def videos() -> Iterator[tuple[int, Frames]]:

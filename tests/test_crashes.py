@@ -1,5 +1,6 @@
 """A decoding process that dies, and what is said of it: real processes that kill themselves."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -21,6 +22,13 @@ from hdc.data.video import Store
 from hdc.errors import InputError
 
 Die = Callable[[], None]
+
+
+def abort() -> None:
+    faulthandler.disable()  # pytest's, which would print where
+    os.abort()
+
+
 ENDS: dict[str, tuple[Die, str]] = {
     "segfault": (
         lambda: os.kill(os.getpid(), signal.SIGSEGV),
@@ -30,7 +38,7 @@ ENDS: dict[str, tuple[Die, str]] = {
         lambda: os.kill(os.getpid(), signal.SIGKILL),
         "was killed by the signal Killed",
     ),
-    "abort": (os.abort, "was killed by the signal Aborted"),
+    "abort": (abort, "was killed by the signal Aborted"),
     "exit": (lambda: os._exit(3), "exited unexpectedly with exit code 3"),
 }
 
@@ -126,8 +134,7 @@ def test_what_pytorch_says() -> None:
 
 COMMAND = """
 import os, signal, sys
-from hdc import features
-from hdc.data import clips
+from hdc.data import clips, whole_videos
 from hdc.cli import main
 
 def dies(decode):
@@ -137,7 +144,7 @@ def dies(decode):
         return decode(path, *rest)
     return wrapped
 
-clips.store_clips, features.read_all = dies(clips.store_clips), dies(features.read_all)
+clips.store_clips, whole_videos.read_all = dies(clips.store_clips), dies(whole_videos.read_all)
 sys.exit(main(sys.argv[1:]))
 """
 

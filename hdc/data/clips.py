@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from hdc.data.crashes import Readers
 from hdc.data.manifest import Manifest
+from hdc.data.packed import find_pack
 from hdc.data.video import Frames, VideoError, read_all, store_clips
 from hdc.errors import InputError
 
@@ -114,7 +115,8 @@ class TrainingClips(Dataset[Batch]):
     """`views` clips from every row of a manifest, at random, each a random square of its frames.
 
     The clips of one row are different ones wherever the row has room for that. They are decoded straight
-    into the batch, which lies in shared memory where a worker makes it: no copy is made on the way.
+    into the batch, which lies in shared memory where a worker makes it: no copy is made on the way. Where the
+    manifest is packed (`hdc.data.packed`), nothing is decoded.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class TrainingClips(Dataset[Batch]):
         self.views = views
         self.seed = seed
         self.readers = Readers(manifest, 0)
+        self.packed = find_pack(manifest, config.size)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -171,14 +174,20 @@ class TrainingClips(Dataset[Batch]):
             top, left = corners[clip]
             clips[clip, number] = image[top : top + size, left : left + size]
 
+        packed = self.packed[key.row] if self.packed else None
         if length < count:
-            whole = loop(read_all(path, size, first, length), count)
+            video = read_all(path, size, first, length) if packed is None else packed
             for clip in range(self.views):
-                for number, image in enumerate(whole):
+                for number, image in enumerate(loop(video, count)):
                     store(clip, number, image)
+            return
+        starts = self._starts(length, rng)
+        if packed is None:
+            store_clips(path, [first + start for start in starts], count, size, store)
         else:
-            starts = [first + start for start in self._starts(length, rng)]
-            store_clips(path, starts, count, size, store)
+            for clip, start in enumerate(starts):
+                for number, image in enumerate(packed[start : start + count]):
+                    store(clip, number, image)
 
     def _starts(self, length: int, rng: np.random.Generator) -> list[int]:
         """First frames of the clips, without repetition where there are enough to choose from."""
