@@ -8,7 +8,7 @@ A video gives two clips of 16 frames and three views of 112 × 112, as in pretra
 runs on a CPU, with a decoding process a core; the plain loop is `plain_loop.py`. The files lie in the page
 cache. Unprepared ones are 320 × 240, 240 frames, H.264 with x264's defaults (keyframes up to 250 frames apart), drawn
 by `hdc.data.synthetic` with noise added until they are as large as camera footage (about 2 kB a frame: UCF101 has 2.6);
-prepared ones are what `hdc-train prepare` makes of these.
+prepared ones are what `hdc-train prepare` makes of these, packed ones what `hdc-train pack` makes of those.
 
 The contenders take turns, round after round, and the table has the medians. A round starts its processes anew
 and begins to count when their first batches, made in advance, are used up.
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from torch import Generator
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips, training_loader
 from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.pack import PackConfig, pack
 from hdc.data.prepare import MANIFEST, PrepareConfig, prepare
 from hdc.data.synthetic import FPS, MOTIONS, TAKE_FRAMES, draw_takes
 from hdc.pretrain import make_views
@@ -46,6 +47,7 @@ WIDTH, HEIGHT, NOISE = 320, 240, 8.0
 CLIPS = 2  # a video
 BATCH = 16
 OURS, PLAIN = "ours", "plain loop"
+PACKED = "packed"
 ALONE = "decoding alone"
 Run = Iterator[int]  # yields the number of videos that were done since the last time
 
@@ -126,7 +128,7 @@ def speed(contender: Contender, manifest: Manifest, seconds: float) -> float:
 
 
 def make_videos(folder: Path, videos: int, takes: int) -> dict[str, Manifest]:
-    """Manifests of the same videos "prepared" and "unprepared", below `folder`."""
+    """Manifests of the same videos "prepared", "packed" and "unprepared", below `folder`."""
     raw, small = folder / "unprepared", folder / "prepared"
     if not (small / MANIFEST).exists():
         with ProcessPoolExecutor(machine.cores()) as pool:
@@ -135,7 +137,10 @@ def make_videos(folder: Path, videos: int, takes: int) -> dict[str, Manifest]:
     prepared = read_manifest(small / MANIFEST)
     where = np.array([f"../unprepared/{path}" for path in prepared.path])
     unprepared = Manifest(prepared.source, where, prepared.start, prepared.frames, {})
-    return {"prepared": prepared, "unprepared": unprepared}
+    packed = replace(prepared, source=small / "decoded.csv")
+    packed.write()
+    pack(packed.source, PackConfig())
+    return {"prepared": prepared, PACKED: packed, "unprepared": unprepared}
 
 
 def _write_video(folder: Path, number: int, takes: int) -> None:
@@ -163,11 +168,14 @@ def bytes_a_frame(manifest: Manifest) -> float:
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     manifests = make_videos(folder, given.videos, given.takes)
     who, missing = contenders(given.workers)
-    found: dict[str, dict[str, list[float]]] = {c.name: {f: [] for f in manifests} for c in who}
+    found: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in who}
     for _ in range(given.rounds):
         for contender in who:
             for files, manifest in manifests.items():
-                found[contender.name][files].append(speed(contender, manifest, given.seconds))
+                if files == PACKED and not contender.name.startswith(OURS):
+                    continue
+                speeds = found[contender.name].setdefault(files, [])
+                speeds.append(speed(contender, manifest, given.seconds))
     return {
         "machine": machine.describe(),
         "settings": {
@@ -192,14 +200,15 @@ def table(result: dict[str, Any]) -> str:
         name: {files: statistics.median(values) for files, values in by_files.items()}
         for name, by_files in found.items()
     }
-    lines = [
-        "| | prepared: videos/s | clips/s | unprepared: videos/s | clips/s |",
-        "|---" * 5 + "|",
-    ]
+    kinds = list(found[OURS])
+    cells = [f"{files}: videos/s | clips/s" for files in kinds]
+    lines = [f"| | {' | '.join(cells)} |", "|---" * (1 + 2 * len(kinds)) + "|"]
     for name, by_files in medians.items():
-        cells = [f"{x:.1f} | {CLIPS * x:.1f}" for x in by_files.values()]
+        speeds = [by_files.get(files) for files in kinds]
+        cells = [f"{x:.1f} | {CLIPS * x:.1f}" if x else "– | –" for x in speeds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [f"| {name} | {why} | | | |" for name, why in result["missing"].items()]
+    for name, why in result["missing"].items():
+        lines.append(f"| {name} | {why}" + " |" * (2 * len(kinds)))
     lines.append("")
     for what, above, below in (
         ("ours beside the plain loop, both on prepared files", OURS, (PLAIN, "prepared")),
