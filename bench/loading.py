@@ -11,12 +11,16 @@ by `hdc.data.synthetic` with noise added until they are as large as camera foota
 prepared ones are what `hdc-train prepare` makes of these, packed ones what `hdc-train pack` makes of those.
 
 The contenders take turns, round after round, and the table has the medians. A round starts its processes anew
-and begins to count when their first batches, made in advance, are used up.
+and begins to count when their first batches, made in advance, are used up. CPU time is that of all processes of a
+contender: it says how many cores a faster consumer needs, and depends less on what else the machine does. Clips
+that are decoded alone are what a CPU has to do where a GPU augments.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -114,17 +118,27 @@ def _plain(
     return partial(plain_loop.run, decode=decode, augment=augment)
 
 
-def speed(contender: Contender, manifest: Manifest, seconds: float) -> float:
-    """Videos a second."""
+def speed(contender: Contender, manifest: Manifest, seconds: float) -> tuple[float, float]:
+    """Videos a second, and the CPU time that all processes together spend on one, in seconds."""
     run = contender.start(manifest)
     done = 0
     while done < contender.ahead:
         done += next(run)
-    done, begin = 0, time.perf_counter()
+    done, begin, cpu = 0, time.perf_counter(), cpu_time()
     while (taken := time.perf_counter() - begin) < seconds:
         done += next(run)
+    cpu = cpu_time() - cpu
     run.close()  # type: ignore[attr-defined]
-    return done / taken
+    return done / taken, cpu / done
+
+
+def cpu_time() -> float:
+    """Seconds that this process and those that it started have run."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def make_videos(folder: Path, videos: int, takes: int) -> dict[str, Manifest]:
@@ -168,7 +182,7 @@ def bytes_a_frame(manifest: Manifest) -> float:
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     manifests = make_videos(folder, given.videos, given.takes)
     who, missing = contenders(given.workers)
-    found: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in who}
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {c.name: {} for c in who}
     for _ in range(given.rounds):
         for contender in who:
             for files, manifest in manifests.items():
@@ -188,37 +202,44 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "seconds": given.seconds,
             "bytes_a_frame": {name: bytes_a_frame(m) for name, m in manifests.items()},
         },
-        "videos_a_second": found,
+        "videos_a_second_and_cpu_seconds_a_video": found,
         "missing": missing,
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: the medians, and what they come to."""
-    found = result["videos_a_second"]
-    medians = {
-        name: {files: statistics.median(values) for files, values in by_files.items()}
-        for name, by_files in found.items()
-    }
+    found = result["videos_a_second_and_cpu_seconds_a_video"]
     kinds = list(found[OURS])
-    cells = [f"{files}: videos/s | clips/s" for files in kinds]
-    lines = [f"| | {' | '.join(cells)} |", "|---" * (1 + 2 * len(kinds)) + "|"]
-    for name, by_files in medians.items():
-        speeds = [by_files.get(files) for files in kinds]
-        cells = [f"{x:.1f} | {CLIPS * x:.1f}" if x else "– | –" for x in speeds]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [f"{files}: videos/s | clips/s | CPU ms a video" for files in kinds]
+    lines = [f"| | {' | '.join(cells)} |", "|---" * (1 + 3 * len(kinds)) + "|"]
+    for name, by_files in found.items():
+        line = [name]
+        for files in kinds:
+            if files in by_files:
+                videos, cpu = map(statistics.median, zip(*by_files[files], strict=True))
+                line += [f"{videos:.1f}", f"{CLIPS * videos:.1f}", f"{1e3 * cpu:.1f}"]
+            else:
+                line += ["–"] * 3
+        lines.append(f"| {' | '.join(line)} |")
     for name, why in result["missing"].items():
-        lines.append(f"| {name} | {why}" + " |" * (2 * len(kinds)))
-    lines.append("")
+        lines.append(f"| {name} | {why}" + " |" * (3 * len(kinds)))
+    lines += [
+        "",
+        "| times as many videos a second; in brackets: as little CPU time | |",
+        "|---|---|",
+    ]
     for what, above, below in (
-        ("ours beside the plain loop, both on prepared files", OURS, (PLAIN, "prepared")),
-        ("ours on prepared files beside the plain loop on unprepared ones", OURS, (PLAIN, "unprepared")),
-        (f"the first, {ALONE}", f"{OURS}, {ALONE}", (f"{PLAIN}, {ALONE}", "prepared")),
-        (f"the second, {ALONE}", f"{OURS}, {ALONE}", (f"{PLAIN}, {ALONE}", "unprepared")),
+        ("ours beside the plain loop, both on prepared files", (OURS, "prepared"), (PLAIN, "prepared")),
+        ("ours on prepared files beside the plain loop on unprepared ones", (OURS, "prepared"), (PLAIN, "unprepared")),
+        ("ours on packed frames beside the plain loop on unprepared files", (OURS, PACKED), (PLAIN, "unprepared")),
     ):  # fmt: skip
-        # Of the same round: what else the machine did then slowed both.
-        pairs = zip(found[above]["prepared"], found[below[0]][below[1]], strict=True)
-        lines.append(f"- {what}: {statistics.median(a / b for a, b in pairs):.1f} ×")
+        for part in ("", f", {ALONE}"):
+            ours, theirs = found[above[0] + part][above[1]], found[below[0] + part][below[1]]
+            # Of the same round: what else the machine did then slowed both.
+            pairs = [(a[0] / b[0], b[1] / a[1]) for a, b in zip(ours, theirs, strict=True)]
+            videos, cpu = map(statistics.median, zip(*pairs, strict=True))
+            lines.append(f"| {what}{part} | {videos:.1f} ({cpu:.1f}) |")
     return "\n".join(lines)
 
 
