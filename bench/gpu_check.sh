@@ -81,7 +81,7 @@ mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 if asked tests-gpu && [ ${#marked[@]} -gt 0 ]; then
     stage tests-gpu 600 "${tests[@]}" -m gpu "${marked[@]}"
 fi
-asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py
+asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py tests/test_augment.py
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
 # Compiles the kernels; if it fails, so will the next three.
@@ -99,6 +99,8 @@ compare=("$python" bench/compare.py --device cuda --seconds 1 --limit 10)
 asked bench-bf16 && stage bench-bf16 900 "${compare[@]}" --symmetric --out "$out/bench-bf16.json"
 asked bench-float32 && stage bench-float32 900 "${compare[@]}" --dtype float32 --sizes 128 2048 8192 32768 \
     --out "$out/bench-float32.json"
+asked bench-augment && stage bench-augment 300 "${tests[@]}" bench/bench_augment.py --benchmark-only \
+    --benchmark-json "$out/bench-augment.json"
 
 "$python" - "$record" "$out" <<'EOF'
 import json
@@ -112,9 +114,9 @@ for line in record.read_text().splitlines():
     stages[name] = {"state": state, "seconds": int(seconds)}
     print(f"{name:16} {state:32} {seconds:>5} s")
 summary = {"stages": stages}
-for dtype in ("bf16", "float32"):
-    path = out / f"bench-{dtype}.json"
-    summary[f"bench-{dtype}"] = json.loads(path.read_text()) if path.exists() else None
+for name in ("bf16", "float32", "augment"):
+    path = out / f"bench-{name}.json"
+    summary[f"bench-{name}"] = json.loads(path.read_text()) if path.exists() else None
 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 EOF
 if cut -f 2 "$record" | grep -qv '^pass$'; then

@@ -16,7 +16,7 @@ import torch
 from measure import relative_error
 from torch import Tensor
 
-from hdc_kernels import fused_hd_nce, fused_info_nce
+from hdc_kernels import augment_clips, fused_hd_nce, fused_info_nce
 from hdc_kernels.checks import Reduction
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,12 +97,33 @@ def check_hd_nce(dtype: torch.dtype) -> int:
     return 1
 
 
+def check_augment(dtype: torch.dtype) -> int:
+    """Crops at every edge of the frame and beyond, of clips that begin and end where their allocation does."""
+    count = 0
+    for batch, frames, height, width, size in ((1, 1, 1, 1, 1), (5, 9, 33, 47, 20)):
+        shape = (batch, frames, height, width, 3)
+        clips = torch.randint(256, shape, dtype=torch.uint8, device="cuda")
+        x, y = float(width), float(height)
+        boxes = torch.tensor([(0, 0, x, y), (x, 0, -x, y), (-5, -5, 9, 9), (x - 2, y - 2, 9, 9)])
+        boxes = torch.cat((boxes, torch.tensor([(2 * x, 2.5, -3 * x, 7.25)])))[:batch]
+        colors = {"matrix": torch.randn(batch, 3, 3), "contrast": torch.rand(batch) + 0.5}
+        for chosen in ({}, colors):
+            triton, plain = (
+                augment_clips(clips, boxes, size, **chosen, dtype=dtype, backend=backend)
+                for backend in ("triton", "torch")
+            )
+            error = float((triton.float() - plain.float()).abs().max())
+            assert error < torch.finfo(dtype).eps + 1e-3, (shape, dtype, error)
+            count += 1
+    return count
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("PyTorch finds no GPU")
     torch.manual_seed(0)
     count = sum(check_info_nce(shape, dtype) for shape in SHAPES for dtype in DTYPES)
-    count += sum(check_hd_nce(dtype) for dtype in DTYPES)
+    count += sum(check_hd_nce(dtype) + check_augment(dtype) for dtype in DTYPES)
     torch.set_float32_matmul_precision("high")  # tf32
     count += check_info_nce(SHAPES[3], torch.float32)
     torch.cuda.synchronize()

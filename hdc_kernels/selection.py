@@ -42,8 +42,7 @@ def select(
     if backend == "auto":
         if device == "cpu" and _has_library():
             return "cpu"
-        on_triton = device == "cuda" and dtype != torch.float64 and not single_entries
-        if on_triton and _has_triton() and _is_ampere(x[0]):
+        if dtype != torch.float64 and not single_entries and _suits_triton(x[0]):
             return "triton"
         logits = sum(
             a.numel() // a.shape[-1] * b.shape[0 if k < rows_first else -2]
@@ -59,10 +58,7 @@ def select(
                 "(g++ or clang++), then reinstall this package"
             )
     if backend == "triton":
-        if not _has_triton():
-            raise ValueError("backend is 'triton' but Triton is not installed; pip install triton")
-        if device != "cuda" and not _interpreted():
-            raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
+        _check_triton(device)
         if dtype == torch.float64:
             raise ValueError("backend is 'triton' but the tensors are float64; use 'auto'")
         if single_entries:
@@ -70,6 +66,28 @@ def select(
                 "backend is 'triton', which leaves out no single entries or listed pairs; use 'auto'"
             )
     return backend
+
+
+def select_for_clips(backend: str, clips: Tensor) -> str:
+    """The backend of `augment_clips`: "auto" is "triton" under the same conditions, else "torch"."""
+    if backend == "auto":
+        return "triton" if _suits_triton(clips) else "torch"
+    if backend == "triton":
+        _check_triton(clips.device.type)
+    return backend
+
+
+def _suits_triton(tensor: Tensor) -> bool:
+    """Whether "auto" means Triton where this tensor is."""
+    return tensor.device.type == "cuda" and _has_triton() and _is_ampere(tensor)
+
+
+def _check_triton(device: str) -> None:
+    """Raises ValueError where whoever asks for Triton cannot have it."""
+    if not _has_triton():
+        raise ValueError("backend is 'triton' but Triton is not installed; pip install triton")
+    if device != "cuda" and not _interpreted():
+        raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
 
 
 @functools.cache

@@ -165,6 +165,44 @@ def test_refusals(
         chosen_for(backend, device, dtype)
 
 
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [
+        ("cuda", {"triton": True}, "triton"),
+        ("cuda", {"triton": True, "ampere": False}, "torch"),
+        ("cuda", {"library": True}, "torch"),
+        ("cpu", {"library": True, "triton": True, "interpreted": True}, "torch"),
+        ("mps", {"triton": True, "interpreted": True}, "torch"),
+    ],
+)
+def test_clips(
+    monkeypatch: pytest.MonkeyPatch, device: str, installed: dict[str, bool], expected: str
+) -> None:
+    """Where the losses go to Triton, too; the C++ library has nothing for clips."""
+    has(monkeypatch, **installed)
+    clips = Shaped(1, 1, 4, 4, 3, device=device, dtype=torch.uint8)
+    assert selection.select_for_clips("auto", clips) == expected
+    assert selection.select_for_clips("torch", clips) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "message"),
+    [
+        ("cuda", {}, "Triton is not installed; pip install triton"),
+        ("cpu", {"triton": True}, "the tensors are on cpu; use 'auto'"),
+    ],
+)
+def test_refusals_of_clips(
+    monkeypatch: pytest.MonkeyPatch, device: str, installed: dict[str, bool], message: str
+) -> None:
+    """The same as of embeddings."""
+    has(monkeypatch, **installed)
+    clips = Shaped(1, 1, 4, 4, 3, device=device, dtype=torch.uint8)
+    message = f"backend is 'triton' but {message}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        selection.select_for_clips("triton", clips)
+
+
 def test_refusals_reach_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public function, which otherwise falls back to plain PyTorch."""
     has(monkeypatch)

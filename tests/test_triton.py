@@ -272,6 +272,13 @@ def test_agrees_beyond_one_block(path, dtype, shape, symmetric):
     check(make([(G, M, M if symmetric else N, D)], getattr(torch, dtype), symmetric=symmetric))
 
 
+@pytest.mark.parametrize("shape", [(1, 150, 170, 24), (1, 24, 40, 200)])
+def test_agrees_in_blocks_for_amd(path, monkeypatch, shape):
+    """Smaller ones, with dimensions in chunks from 65 on."""
+    monkeypatch.setattr(triton_backend.general.tiles, "AMD", True)
+    check(make([shape], torch.bfloat16))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dimensions", [1, 20])
 @pytest.mark.parametrize(("dtype", "path"), MODES, indirect=["path"])
