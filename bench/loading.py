@@ -5,10 +5,11 @@
     python bench/loading.py --out result.json
 
 A video gives two clips of 16 frames and three views of 112 × 112, as in pretraining. Ours is what `hdc-train pretrain`
-runs on a CPU, with a decoding process a core; the plain loop is `plain_loop.py`. The files lie in the page
-cache. Unprepared ones are 320 × 240, 240 frames, H.264 with x264's defaults (keyframes up to 250 frames apart), drawn
-by `hdc.data.synthetic` with noise added until they are as large as camera footage (about 2 kB a frame: UCF101 has 2.6);
-prepared ones are what `hdc-train prepare` makes of these, packed ones what `hdc-train pack` makes of those.
+runs on a CPU, with a decoding process a core; the plain loop is `plain_loop.py`. The files lie in the page cache.
+Unprepared ones are 320 × 240, 240 frames, H.264 with x264's defaults, but for a single keyframe, as in a shot without
+cuts (x264 sets one every 250 frames); `hdc.data.synthetic` draws them, with noise added until they are as large as
+camera footage (about 2 kB a frame; UCF101 has 2.6). Prepared ones are what `hdc-train prepare` makes of these, packed
+ones what `hdc-train pack` makes of those.
 
 The contenders take turns, round after round, and the table has the medians. A round starts its processes anew
 and begins to count when their first batches, made in advance, are used up. CPU time is that of all processes of a
@@ -16,11 +17,16 @@ contender: it says how many cores a faster consumer needs, and depends less on w
 that are decoded alone are what a CPU has to do where a GPU augments.
 """
 
+import os
+
+# Threads that spin while they wait would count as work, and on a busy machine keep others from theirs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -49,7 +55,7 @@ from hdc.share import Share
 
 WIDTH, HEIGHT, NOISE = 320, 240, 8.0
 CLIPS = 2  # a video
-BATCH = 16
+BATCH = 4
 OURS, PLAIN = "ours", "plain loop"
 PACKED = "packed"
 ALONE = "decoding alone"
@@ -163,7 +169,7 @@ def _write_video(folder: Path, number: int, takes: int) -> None:
     path = folder / motion / f"{number}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS)
+        stream = container.add_stream("libx264", rate=FPS, options={"sc_threshold": "0"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for _, images in draw_takes(motion, rng, takes=takes, width=WIDTH, height=HEIGHT):
             for image in images:
@@ -181,6 +187,7 @@ def bytes_a_frame(manifest: Manifest) -> float:
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     manifests = make_videos(folder, given.videos, given.takes)
+    load = os.getloadavg()[0]  # what others do: on a quiet machine, nearly none
     who, missing = contenders(given.workers)
     found: dict[str, dict[str, list[tuple[float, float]]]] = {c.name: {} for c in who}
     for _ in range(given.rounds):
@@ -197,6 +204,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "frames": given.takes * TAKE_FRAMES,
             "workers": given.workers,
             "threads": torch.get_num_threads(),
+            "load": load,
             "batch": BATCH,
             "rounds": given.rounds,
             "seconds": given.seconds,

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdc.data.manifest import Manifest
-from hdc.views import LUMA, AugmentConfig
+from hdc.views import AugmentConfig
+from hdc_kernels.augment import LUMA
 
 FRAMES, SHORT_SIDE = 16, 128
 Decode = Callable[[Path, int], Tensor]  # (file, first frame) -> uint8 [16, H, W, 3]
