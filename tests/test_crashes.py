@@ -117,6 +117,18 @@ def test_between_two_videos(numbered: Manifest) -> None:
         kill_an_idle_worker()
 
 
+def test_no_room_in_shared_memory(numbered: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch says where /dev/shm has 1 MB."""
+    message = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+    def fail(size: int) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fail)
+    with pytest.raises(InputError, match=r"^/dev/shm is full, .*; lower --workers or --batch_size"):
+        run(start(dataset_of(numbered), 1))
+
+
 def test_other_errors_pass(numbered: Manifest) -> None:
     with (
         pytest.raises(RuntimeError, match="the loss is wrong"),

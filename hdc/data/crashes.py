@@ -17,6 +17,7 @@ DEAD = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?"
     r"(killed by signal: [\w ]+|exited unexpectedly(?: with exit code \d+)?)"
 )
+NO_ROOM = "unable to allocate shared memory"
 SECONDS_TO_DIE = 2.0
 
 
@@ -46,11 +47,17 @@ class Readers:
         """Around the loop over the loader, as PyTorch raises wherever that happens to be.
 
         Raises:
-            InputError: a decoding process died; it names the video that the process was at.
+            InputError: a decoding process died (it names the video that the process was at), or found no
+                room in shared memory.
         """
         try:
             yield
         except (RuntimeError, EOFError, OSError) as error:
+            if NO_ROOM in str(error):
+                raise InputError(
+                    "/dev/shm is full, where decoding processes put their batches; lower --workers or "
+                    "--batch_size, or make it larger (of a container: --shm-size)"
+                ) from error
             # The cause, if there is one, knows the signal. Anything but a RuntimeError may be a broken pipe.
             news = "" if isinstance(error, RuntimeError) else _news()
             found = DEAD.search(f"{error.__cause__} {error} {news}")
