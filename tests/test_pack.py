@@ -20,6 +20,7 @@ from hdc.data.clips import ClipConfig, TrainingClips, training_loader
 from hdc.data.manifest import Manifest, read_manifest
 from hdc.data.pack import PackConfig, pack
 from hdc.data.packed import find_pack
+from hdc.data.prepare import PrepareConfig, check, prepare
 from hdc.data.video import read_all
 from hdc.data.whole_videos import WholeVideos
 from hdc.errors import InputError
@@ -274,6 +275,23 @@ def test_commands(manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "manifest.packed-32/00000.u8").unlink()
     assert main(["pretrain", *options, f"--out={tmp_path / 'third'}"]) == 2
     assert "1 of 1 shards of" in capsys.readouterr().err
+
+
+def test_packed_where_it_was_prepared(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """A pack is no difference to the manifest, and no class of videos."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("a/0.avi", "b/1.avi"):
+        write_video(source / name, 20, width=40, height=32)
+    prepare("folder", source, target, PrepareConfig(workers=1))
+    pack(target, ONE)
+    assert check(target) == []
+    (target / "manifest.packed").touch()
+    assert check(target) == ["extra manifest.packed"]
+    in_place = PrepareConfig(workers=1, no_transcode=True)
+    prepare("folder", source, source, in_place)
+    pack(source, ONE)
+    assert not prepare("folder", source, source, in_place).changed
+    assert find_pack(read_manifest(source / "manifest.csv"), SIDE)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,11 @@ def folder(source: Path, short_side: int) -> Path:
     return source.with_name(f"{source.stem}.packed-{short_side}")
 
 
+def is_packed(path: str, manifest: str) -> bool:
+    """Whether a file, both relative to the same folder, is part of a pack of the manifest."""
+    return path.startswith(f"{Path(manifest).stem}.packed-")
+
+
 def gigabytes(count: int) -> str:
     """ "1,234.56 GB"."""
     return f"{count / 1e9:,.2f} GB"
