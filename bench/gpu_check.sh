@@ -27,6 +27,13 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2
     exit 1
 fi
 
+# Code for this device alone: everything else takes minutes to compile.
+HDC_CUDA_ARCHITECTURES=$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else ""))')
+export HDC_CUDA_ARCHITECTURES
+
 record=$out/stages.tsv
 : >"$record"
 
@@ -69,6 +76,11 @@ if stage build 300 "${install[@]}" --no-build-isolation .; then
 else
     export PYTHONPATH=$sources # what needs no compiler can still be checked
 fi
+stage library 60 "$python" -P -c '
+import torch
+from hdc_kernels.backends import cuda
+cuda.library()
+assert cuda.runs_on(torch.cuda.get_device_capability())'
 if [ -n "$wheels" ]; then
     stage peers 120 "${install[@]}" "$wheels"/*.whl
     export PYTHONPATH=$PYTHONPATH:$installed
@@ -84,15 +96,18 @@ fi
 asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py tests/test_augment.py
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
-# Compiles the kernels; if it fails, so will the next three.
-asked paths && stage paths 600 "$python" bench/sanitize_gpu.py
-for tool in memcheck racecheck initcheck; do
-    asked "$tool" || continue
-    if [ -n "$sanitizer" ]; then
-        stage "$tool" 600 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" bench/sanitize_gpu.py
-    else
-        missing "$tool" compute-sanitizer
-    fi
+for backend in triton cuda; do
+    # Triton compiles its kernels here; if this fails, so will what follows.
+    asked "paths-$backend" && stage "paths-$backend" 600 "$python" bench/sanitize_gpu.py "$backend"
+    for tool in memcheck racecheck synccheck initcheck; do
+        asked "$tool-$backend" || continue
+        if [ -n "$sanitizer" ]; then
+            stage "$tool-$backend" 600 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+                "$python" bench/sanitize_gpu.py "$backend"
+        else
+            missing "$tool-$backend" compute-sanitizer
+        fi
+    done
 done
 
 compare=("$python" bench/compare.py --device cuda --seconds 1 --limit 10)

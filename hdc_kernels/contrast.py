@@ -65,7 +65,9 @@ def contrast(
         _check_mask(mask, x, y)
     compiling = torch.compiler.is_compiling()
     call = Call(
-        select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
+        select(
+            backend, x, y, rows_first, function=function, single_entries=mask.left_out is not None
+        ),
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,

@@ -34,8 +34,8 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no g++ to build the emulation")
     target = tmp_path_factory.mktemp("small") / "small.so"
     include = ["-I", str(EMULATION), "-I", str(CSRC)]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-D__CUDACC__", *include]
-    command = ["g++", *flags, str(EMULATION / "small.cpp"), "-o", str(target)]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-D__CUDACC__"]
+    command = ["g++", *flags, *include, str(EMULATION / "small.cpp"), "-o", str(target)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
     library.workspace.restype = ctypes.c_int64

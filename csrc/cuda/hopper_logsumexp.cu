@@ -14,6 +14,7 @@
 //
 // Decided on paper: 256 rows a block rather than multicast in a cluster, which asks as little of L2 without
 // blocks that wait for each other; no polynomial exp2, before the overlap is measured. No GPU has run this yet.
+#include "fragments.cuh"
 #include "hopper_tiles.cuh"
 
 namespace hdc::cuda {
@@ -44,7 +45,7 @@ struct Item {
 struct Work {
     int blocks, parts, tiles, splits, items;  // counts of blocks and tiles, which fit; addresses have 64 bits
 
-    __device__ explicit Work(const LogsumexpPass& pass)
+    explicit Work(const LogsumexpPass& pass)
         : blocks(static_cast<int>(pass.own.padded / ROWS)),
           parts(pass.column_parts ? static_cast<int>(pass.column_parts / 2) : blocks),
           tiles(static_cast<int>((pass.other.count + COLUMNS - 1) / COLUMNS)),
@@ -139,21 +140,6 @@ __device__ inline void mask(float (&accumulators)[2][64], const LogsumexpPass& p
     }
 }
 
-// Of eight sums the one of index lane / 4, over the eight lanes that have the same columns.
-__device__ inline float over_rows(float (&sums)[8], int lane) {
-#pragma unroll
-    for (int width = 4; width > 0; width /= 2) {
-        const bool upper = lane & (width * 4);
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            const float sent = upper ? sums[i] : sums[i + width];
-            const float kept = upper ? sums[i + width] : sums[i];
-            sums[i] = kept + __shfl_xor_sync(0xffffffff, sent, width * 4);
-        }
-    }
-    return sums[0];
-}
-
 template <Type TYPE, int WIDTH, bool RUNNING, bool DOWN>
 __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const Work& work, float shift) {
     const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
@@ -198,7 +184,7 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
                         higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, 1));
                         higher = fmaxf(higher, __shfl_xor_sync(0xffffffff, higher, 2));
                         base[r] = higher == -INFINITY ? 0.0f : higher;
-                        total[r] *= exp2_fast((top[r] - base[r]) * k);
+                        total[r] *= power_of_two((top[r] - base[r]) * k);
                         top[r] = higher;
                     }
                 }
@@ -214,9 +200,9 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
                             const float cosine = accumulators[r / 2][n * 4 + r % 2 * 2 + i % 2];
                             float exponential;
                             if constexpr (RUNNING) {
-                                exponential = exp2_fast((cosine - base[r]) * k);
+                                exponential = power_of_two((cosine - base[r]) * k);
                             } else {
-                                exponential = exp2_fast(fmaf(cosine, k, -row_shift[r]));
+                                exponential = power_of_two(fmaf(cosine, k, -row_shift[r]));
                                 top[r] = fmaxf(top[r], cosine);
                             }
                             tile_total[r] += exponential;
@@ -263,25 +249,13 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
 template <Type TYPE, int WIDTH, bool DOWN>
 __global__ void __launch_bounds__(THREADS, 1)
     logsumexp_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
-                     const __grid_constant__ LogsumexpPass pass) {
+                     const __grid_constant__ LogsumexpPass pass, const __grid_constant__ Work work) {
     const int64_t longest = pass.own.count > pass.other.count ? pass.own.count : pass.other.count;
     const float shift = fixed_shift(pass.temperature, pass.bounded, longest);
     const bool running = shift != shift;
     if (pass.only_running && !running) return;
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    const Work work(pass);
-    if (threadIdx.x == 0) {
-        prefetch_map(&own);
-        prefetch_map(&other);
-        for (int stage = 0; stage < STAGES<WIDTH>; ++stage) {
-            barrier_create(&shared.full[stage], 1);
-            barrier_create(&shared.empty[stage], 8);  // warps of the consumers
-        }
-        barrier_create(&shared.own_full, 1);
-        barrier_create(&shared.own_empty, 8);
-        barrier_publish();
-    }
-    __syncthreads();
+    create_barriers(shared, &own, &other);
     if (threadIdx.x < WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<WIDTH>(shared, &own, &other, pass, work);
@@ -295,39 +269,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <Type TYPE, int WIDTH, bool DOWN>
-cudaError_t launch(const LogsumexpPass& pass, cudaStream_t stream) {
-    static_assert(sizeof(Shared<WIDTH>) <= MAX_SHARED, "more shared memory than a block may have");
-    CUtensorMap own, other;
-    cudaError_t error = make_map(&own, pass, pass.own, ROWS);
-    if (error == cudaSuccess) error = make_map(&other, pass, pass.other, COLUMNS);
-    int device = 0, processors = 1;
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const auto kernel = logsumexp_kernel<TYPE, WIDTH, DOWN>;
-    constexpr int BYTES = sizeof(Shared<WIDTH>);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
-    if (error != cudaSuccess) return error;
-    const int64_t parts = pass.column_parts ? pass.column_parts / 2 : pass.own.padded / ROWS;
-    const int64_t items = pass.groups * pass.splits * parts;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(items < processors ? items : processors));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = BYTES;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass);
-}
-
 template <Type TYPE, int WIDTH>
 cudaError_t with_columns(const LogsumexpPass& pass, cudaStream_t stream) {
-    return pass.column_total ? launch<TYPE, WIDTH, true>(pass, stream) : launch<TYPE, WIDTH, false>(pass, stream);
-}
-
-template <Type TYPE>
-cudaError_t of_width(const LogsumexpPass& pass, cudaStream_t stream) {
-    if (pass.width == 64) return with_columns<TYPE, 64>(pass, stream);
-    if (pass.width == 128) return with_columns<TYPE, 128>(pass, stream);
-    return with_columns<TYPE, 256>(pass, stream);
+    const auto kernel = pass.column_total ? logsumexp_kernel<TYPE, WIDTH, true> : logsumexp_kernel<TYPE, WIDTH, false>;
+    return launch<Shared<WIDTH>>(kernel, pass, Work(pass), ROWS, COLUMNS, stream);
 }
 
 }  // namespace
@@ -344,12 +289,14 @@ Plan hopper_logsumexp_plan(const LogsumexpPass& pass, bool columns, int processo
     // Parts of equally many row blocks, at most as many as there are processors.
     const int64_t in_turn = columns ? (blocks + processors - 1) / processors : 1;
     const int64_t parts = (blocks + in_turn - 1) / in_turn;
-    return {hopper::best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
+    return {best_splits(pass.groups * parts, tiles, processors), columns ? 2 * parts : 0};
 }
 
 cudaError_t hopper_logsumexp(const LogsumexpPass& pass, cudaStream_t stream) {
-    return pass.type == Type::bf16 ? hopper::of_width<Type::bf16>(pass, stream)
-                                   : hopper::of_width<Type::fp16>(pass, stream);
+    return hopper::with_vectors(pass, [&](auto vectors) {
+        using V = decltype(vectors);
+        return hopper::with_columns<V::TYPE, V::WIDTH>(pass, stream);
+    });
 }
 
 }  // namespace hdc::cuda

@@ -118,13 +118,6 @@ __device__ inline void take_registers() {
 
 // --- Arithmetic ---------------------------------------------------------------------------------------------------
 
-// 2^x by the special-function unit, to 2 ulp; 0 below the normal numbers.
-__device__ inline float exp2_fast(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
 // Two numbers rounded to the nearest, the first in the lower half.
 template <Type TYPE>
 __device__ inline uint32_t round_pair(float low, float high) {
@@ -163,6 +156,9 @@ __device__ inline void hold(uint32_t (&registers)[COUNT][4]) {
         for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(registers[i][j])::"memory");
     }
 }
+
+// Keeps the compiler from knowing what a number is.
+__device__ inline void hide(int& number) { asm volatile("" : "+r"(number)); }
 
 #define HDC_32_REGISTERS                                                               \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \

@@ -10,6 +10,7 @@
 
 #include "hopper_ptx.cuh"
 #include "packed.h"
+#include "splits.h"
 
 namespace hdc::cuda::hopper {
 
@@ -70,6 +71,24 @@ __device__ inline void release(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
+// What a block does first. `shared` has the barriers of its stages and of its own rows.
+template <typename Shared>
+__device__ void create_barriers(Shared& shared, const CUtensorMap* own, const CUtensorMap* other) {
+    constexpr int CONSUMER_WARPS = 2 * WARPGROUP / 32;
+    if (threadIdx.x == 0) {
+        prefetch_map(own);
+        prefetch_map(other);
+        for (uint64_t& full : shared.full) barrier_create(&full, 1);
+        for (uint64_t& empty : shared.empty) barrier_create(&empty, CONSUMER_WARPS);
+        barrier_create(&shared.own_full, 1);
+        barrier_create(&shared.own_empty, CONSUMER_WARPS);
+        barrier_publish();
+    }
+    __syncthreads();
+}
+
+// --- Host ---------------------------------------------------------------------------------------------------------
+
 // Boxes [1, rows, CHUNK] of packed vectors. The driver's function is asked for at run time: nothing links to it.
 inline cudaError_t make_map(CUtensorMap* map, const Pass& pass, const Side& side, int rows) {
     void* entry = nullptr;
@@ -91,19 +110,47 @@ inline cudaError_t make_map(CUtensorMap* map, const Pass& pass, const Side& side
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Into how many parts the tiles are split, so that `items` times it end soonest on `processors`; every block of
-// rows costs about a tile of waiting besides.
-inline int64_t best_splits(int64_t items, int64_t tiles, int processors) {
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t splits = 1; splits <= 32 && splits <= tiles; ++splits) {
-        const int64_t rounds = (items * splits + processors - 1) / processors;
-        const int64_t time = rounds * ((tiles + splits - 1) / splits + 1);
-        if (time < least) {
-            least = time;
-            best = splits;
-        }
-    }
-    return best;
+// Launches a block for each item of work, but no more than there are processors. Boxes have `own_rows` and
+// `other_rows`. What kernels ask of `work` they find in constant memory, not in registers.
+template <typename Shared, typename Some, typename Work>
+cudaError_t launch(void (*kernel)(CUtensorMap, CUtensorMap, Some, Work), const Some& pass, const Work& work,
+                   int own_rows, int other_rows, cudaStream_t stream) {
+    static_assert(sizeof(Shared) <= MAX_SHARED, "more shared memory than a block may have");
+    CUtensorMap own, other;
+    cudaError_t error = make_map(&own, pass, pass.own, own_rows);
+    if (error == cudaSuccess) error = make_map(&other, pass, pass.other, other_rows);
+    int device = 0, processors = 1;
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    constexpr int BYTES = sizeof(Shared);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = BYTES;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
+}
+
+template <Type TYPE_, int WIDTH_>
+struct Vectors {
+    static constexpr Type TYPE = TYPE_;
+    static constexpr int WIDTH = WIDTH_;
+};
+
+template <Type TYPE, typename Call>
+cudaError_t with_width(int width, Call call) {
+    if (width == 64) return call(Vectors<TYPE, 64>());
+    if (width == 128) return call(Vectors<TYPE, 128>());
+    return call(Vectors<TYPE, 256>());
+}
+
+// What `call` returns for the pass's type and width.
+template <typename Call>
+cudaError_t with_vectors(const Pass& pass, Call call) {
+    if (pass.type == Type::bf16) return with_width<Type::bf16>(pass.width, call);
+    return with_width<Type::fp16>(pass.width, call);
 }
 
 }  // namespace hdc::cuda::hopper

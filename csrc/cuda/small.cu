@@ -30,10 +30,10 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <cstring>
-#include <type_traits>
 #include <cstdint>
+#include <type_traits>
 
+#include "fragments.cuh"
 #include "packed.h"
 #include "warp.cuh"
 
@@ -248,16 +248,6 @@ __device__ inline void similarity(float (&c)[4][4], const T* own, const T* other
     }
 }
 
-template <typename T>
-__device__ inline uint32_t packed_pair(float first, float second) {
-    struct alignas(4) Two {
-        T values[2];
-    } two = {{narrow<T>(first), narrow<T>(second)}};
-    uint32_t bits;
-    memcpy(&bits, &two, 4);
-    return bits;
-}
-
 // sum [16, DEPTH] += c [16, 32] · others [32, DEPTH], c rounded to T.
 template <typename T, int DEPTH>
 __device__ inline void accumulate(float (&sum)[DEPTH / 8][4], const float (&c)[4][4], const T* other, int lane) {
@@ -267,8 +257,8 @@ __device__ inline void accumulate(float (&sum)[DEPTH / 8][4], const float (&c)[4
         for (int half = 0; half < 2; ++half) {  // 16 of the others
             const float(&left)[4] = c[2 * half];
             const float(&right)[4] = c[2 * half + 1];
-            const uint32_t a[4] = {packed_pair<T>(left[0], left[1]), packed_pair<T>(left[2], left[3]),
-                                   packed_pair<T>(right[0], right[1]), packed_pair<T>(right[2], right[3])};
+            const uint32_t a[4] = {narrow_pair<T>(left[0], left[1]), narrow_pair<T>(left[2], left[3]),
+                                   narrow_pair<T>(right[0], right[1]), narrow_pair<T>(right[2], right[3])};
             const T* row = other + (16 * half + lane % 16) * stride + lane / 16 * 8;
 #pragma unroll
             for (int n = 0; n < DEPTH / 8; n += 2) {
@@ -298,14 +288,6 @@ __device__ inline void accumulate(float (&sum)[DEPTH / 8][4], const float (&c)[4
 }
 
 // --- Logsumexp of every vector of one side over the other -----------------------------------------------------------
-
-// Two parts of (highest, Σ exp2((cosine − highest)·k)) become one.
-__device__ inline void join(float& highest, float& total, float other_highest, float other_total, float k) {
-    const float higher = fmaxf(highest, other_highest);
-    const float base = higher == -INFINITY ? 0.0f : higher;
-    total = total * power_of_two((highest - base) * k) + other_total * power_of_two((other_highest - base) * k);
-    highest = higher;
-}
 
 template <typename T, int DEPTH>
 __device__ inline void logsumexp(Numbers& s, Sums& sums, bool keep_own, const T* own, int own_count, const T* other,

@@ -48,7 +48,9 @@ def sums(
     """
     tau = temperature if isinstance(temperature, Tensor) else None
     call = Call(
-        select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
+        select(
+            backend, x, y, rows_first, function=function, single_entries=mask.left_out is not None
+        ),
         None,
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         False,
