@@ -1,5 +1,5 @@
-"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, prepare before
-them, report and export after them.
+"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, prepare and pack
+before them, report and export after them.
 
 Exit codes: 0 done, 1 `prepare --check` found differences, 2 something given was wrong (one line on stderr
 says what), 3 another process of a run under torchrun died or hangs, 130 interrupted.
