@@ -130,7 +130,8 @@ def speed(contender: Contender, manifest: Manifest, seconds: float) -> tuple[flo
     done = 0
     while done < contender.ahead:
         done += next(run)
-    done, begin, cpu = 0, time.perf_counter(), cpu_time()
+    cpu, begin = cpu_time(), time.perf_counter()
+    done = next(run)
     while (taken := time.perf_counter() - begin) < seconds:
         done += next(run)
     cpu = cpu_time() - cpu
