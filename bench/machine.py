@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 PACKAGES = ["triton", "info-nce-pytorch", "pytorch-metric-learning", "pykeops", "inf-cl", "memeff"]
+PACKAGES += ["av", "torchcodec", "kornia"]
 
 
 def describe() -> dict[str, Any]:

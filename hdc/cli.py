@@ -1,5 +1,5 @@
-"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, prepare before
-them, report and export after them.
+"""`hdc-train`: pretrain, finetune, test, probe, retrieve, a demo of all of them, prepare and pack
+before them, report and export after them.
 
 Exit codes: 0 done, 1 `prepare --check` found differences, 2 something given was wrong (one line on stderr
 says what), 3 another process of a run under torchrun died or hangs, 130 interrupted.
@@ -28,6 +28,7 @@ from hdc.config import (
     TestConfig,
 )
 from hdc.data.dataset import open_data
+from hdc.data.pack import PackConfig, pack
 from hdc.data.prepare import BAD_FILES, DATASETS, MISSING, PrepareConfig, check, prepare
 from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
@@ -160,6 +161,17 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
     return 0
 
 
+def run_pack(config: PackConfig, data: str) -> None:
+    """Decode a prepared dataset to disk, so that training need not."""
+
+    def announce(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    with ProgressBar("packing", 1) as bar:
+        packed = pack(Path(data), config, announce, bar.set)
+    announce(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
+
+
 def run_report(config: ReportConfig, run: str) -> None:
     """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
     path = report(Path(run), config)
@@ -237,6 +249,12 @@ COMMANDS = {
             Place("SRC", "the dataset's folder, as it came"),
             Place("DST", "the folder to write; killed at any moment, the same command goes on"),
         ),
+    ),
+    "pack": Command(
+        PackConfig,
+        run_pack,
+        "hdc-train pack data/ucf101",
+        (Place("DATA", "a prepared folder, or a manifest; killed, the same command goes on"),),
     ),
     "report": Command(
         ReportConfig,

@@ -1,6 +1,7 @@
 """Frozen features: one vector per row of a manifest, for retrieval and for the linear probe."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
 from hdc.config import CommandConfig, FeatureConfig
-from hdc.data.clips import ClipConfig, Unreadable, loop
+from hdc.data.clips import Unreadable, loop
 from hdc.data.manifest import Manifest, Part
-from hdc.data.video import Frames, VideoError, read_all
+from hdc.data.packed import find_pack
+from hdc.data.video import Frames
+from hdc.data.whole_videos import WholeVideos
 from hdc.device import decoding_workers, pick_device
 from hdc.errors import InputError
 from hdc.progress import ProgressBar, warn
@@ -70,40 +73,27 @@ def cut(frames: Frames, start: int, clip_frames: int) -> Frames:
     )
 
 
-class WholeVideos(Dataset[Frames | Unreadable]):
-    """Every frame of every row, decoded from the first one on: uint8 [frames, H, W, 3]."""
-
-    def __init__(self, manifest: Manifest, config: ClipConfig) -> None:
-        if config.short_videos == "error":
-            manifest.check_length(config.frames)
-        self.manifest = manifest
-        self.config = config
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitem__(self, row: int) -> Frames | Unreadable:
-        first, count = int(self.manifest.start[row]), int(self.manifest.frames[row])
-        try:
-            return read_all(self.manifest.file(row), self.config.size, first, count)
-        except VideoError as error:
-            return Unreadable(str(error.path), error.reason)
-
-
+@contextmanager
 def readable_videos(
     manifest: Manifest,
     rows: Sequence[int],
     config: CommandConfig,
     name: str,
     unreadable: dict[int, Unreadable],
-) -> Iterator[tuple[int, Frames]]:
-    """(row, frames) of those of `rows` that can be decoded, with a progress bar; `unreadable` gets the rest."""
+) -> Iterator[Iterator[tuple[int, Frames]]]:
+    """(row, frames) of those of `rows` that can be decoded, with a progress bar; `unreadable` gets the rest.
+
+    Raises:
+        InputError: a video is missing, or a decoding process died.
+    """
     manifest.check_files()
-    dataset = WholeVideos(manifest, config.clips)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=rows, num_workers=decoding_workers(config)
-    )
-    with ProgressBar(name, len(rows)) as bar:
+    if config.clips.short_videos == "error":
+        manifest.check_length(config.clips.frames)
+    workers, size = decoding_workers(config), config.clips.size
+    dataset = WholeVideos(manifest, size, workers, find_pack(manifest, size))
+    loader = DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers)
+
+    def videos() -> Iterator[tuple[int, Frames]]:
         for row, video in zip(rows, loader, strict=True):
             if isinstance(video, Unreadable):
                 warn(f"skipped {video.path}: {video.reason}")
@@ -111,6 +101,9 @@ def readable_videos(
             else:
                 yield row, np.asarray(video)
             bar.advance()
+
+    with ProgressBar(name, len(rows)) as bar, dataset.readers.name_crashes():
+        yield videos()
 
 
 def merge_unreadable(own: dict[int, Unreadable], rows: int) -> list[Unreadable]:
@@ -169,14 +162,16 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
         pooled.extend(vectors.split([len(video) for video in videos]))
 
     waiting: list[Tensor] = []
-    for row, video in readable_videos(rows, own, config, f"features of {part} videos", unreadable):
-        starts = clip_starts(len(video), frames, count)
-        clips = np.stack([cut(video, start, frames) for start in starts])
-        waiting.append(torch.from_numpy(center_square(clips, config.crop_size)))
-        kept.append(row)
-        if sum(map(len, waiting)) >= CLIPS_AT_ONCE:
-            encode(waiting)
-            waiting.clear()
+    name = f"features of {part} videos"
+    with readable_videos(rows, own, config, name, unreadable) as videos:
+        for row, video in videos:
+            starts = clip_starts(len(video), frames, count)
+            clips = np.stack([cut(video, start, frames) for start in starts])
+            waiting.append(torch.from_numpy(center_square(clips, config.crop_size)))
+            kept.append(row)
+            if sum(map(len, waiting)) >= CLIPS_AT_ONCE:
+                encode(waiting)
+                waiting.clear()
     if waiting:
         encode(waiting)
     entries = merge_unreadable(unreadable, len(rows))

@@ -84,14 +84,15 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
     own: list[tuple[int, int, list[bool]]] = []
     skipped: dict[int, Unreadable] = {}
     rows = own_rows([1] * len(videos), 1)
-    for row, video in readable_videos(videos, rows, config, "test", skipped):
-        clips = non_overlapping(video, config.clips.frames)
-        crops = np.stack([five_crops(c, config.crop_size, corners=config.corners) for c in clips])
-        flat = torch.from_numpy(crops).flatten(0, 1)
-        per_crop = torch.cat([scores(chunk) for chunk in flat.split(config.crop_batch)])
-        per_clip = per_crop.view(len(clips), 5, -1).mean(1)
-        hits = (per_clip.argmax(1) == int(ids[row])).tolist()
-        own.append((row, int(per_clip.mean(0).argmax()), hits))
+    with readable_videos(videos, rows, config, "test", skipped) as readable:
+        for row, video in readable:
+            clips = non_overlapping(video, config.clips.frames)
+            crops = [five_crops(clip, config.crop_size, corners=config.corners) for clip in clips]
+            flat = torch.from_numpy(np.stack(crops)).flatten(0, 1)
+            per_crop = torch.cat([scores(chunk) for chunk in flat.split(config.crop_batch)])
+            per_clip = per_crop.view(len(clips), 5, -1).mean(1)
+            hits = (per_clip.argmax(1) == int(ids[row])).tolist()
+            own.append((row, int(per_clip.mean(0).argmax()), hits))
 
     unreadable = merge_unreadable(skipped, len(videos))
     tested = sorted(video for part in distributed.gather(own) for video in part)

@@ -69,8 +69,8 @@ def train(
         status: words the logged values for the progress bar.
 
     Raises:
-        InputError: `out` holds another run or cannot be written, nothing could be decoded, or the loss
-            is no longer finite (the last good checkpoint stays).
+        InputError: `out` holds another run or cannot be written, nothing could be decoded, a decoding
+            process died, or the loss is no longer finite (the last good checkpoint stays).
     """
     out = Path(config.out)
     path = out / checkpoint.FILE
@@ -135,7 +135,7 @@ def train(
     metrics: dict[str, float] = {}
     journal = Journal(out, step) if first else None
     model.train()
-    with ProgressBar(kind, total, step) as bar:
+    with ProgressBar(kind, total, step) as bar, dataset.readers.name_crashes():
         clips_done, since = 0, time.perf_counter()
         for batch in loader:
             share, skipped = _share(batch)

@@ -14,8 +14,6 @@ from hdc.data.clips import (
     ClipConfig,
     Key,
     TrainingClips,
-    Unreadable,
-    collate,
     loop,
     training_loader,
 )
@@ -68,13 +66,25 @@ def test_order_differs_by_epoch_and_seed() -> None:
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
+def draw_clips(dataset: TrainingClips, epoch: int, row: int) -> np.ndarray:
+    """uint8 [views, T, size, size, 3] of one row."""
+    (clips,) = dataset[[Key(epoch, row)]].clips.unbind(1)
+    return clips.numpy()
+
+
 def test_a_key_decides_the_clips(numbered: Manifest) -> None:
+    """Whatever else is in the batch."""
+
     def draw(epoch: int, row: int, seed: int = 0) -> torch.Tensor:
-        return clips_of(numbered, seed=seed)[Key(epoch, row)][0]
+        return torch.from_numpy(draw_clips(clips_of(numbered, seed=seed), epoch, row))
 
     assert torch.equal(draw(0, 3), draw(0, 3))
     for other in (draw(1, 3), draw(0, 2), draw(0, 3, seed=1)):
         assert not torch.equal(draw(0, 3), other)
+    batch = clips_of(numbered)[[Key(0, 2), Key(1, 3), Key(0, 3)]]
+    expected = torch.stack([draw(0, 2), draw(1, 3), draw(0, 3)], dim=1)
+    assert torch.equal(batch.clips, expected)
+    assert batch.labels.tolist() == [20, 30, 30]
 
 
 def test_clips_are_consecutive_frames(numbered: Manifest, frame_numbers: FrameNumbers) -> None:
@@ -82,11 +92,11 @@ def test_clips_are_consecutive_frames(numbered: Manifest, frame_numbers: FrameNu
     dataset = clips_of(numbered)
     starts = []
     for epoch in range(120):
-        clips, label = dataset[Key(epoch, 4)]
-        assert clips.shape == (2, 16, 32, 32, 3)
+        clips, labels, _ = dataset[[Key(epoch, 4)]]
+        assert clips.shape == (2, 1, 16, 32, 32, 3)
         assert clips.dtype == torch.uint8
-        assert label == 40
-        numbers = [frame_numbers(clip.numpy()) for clip in clips]
+        assert labels.tolist() == [40]
+        numbers = [frame_numbers(clip) for clip in clips[:, 0].numpy()]
         assert all(n == list(range(n[0], n[0] + 16)) for n in numbers)
         assert numbers[0][0] != numbers[1][0]
         starts += [n[0] for n in numbers]
@@ -96,7 +106,7 @@ def test_clips_are_consecutive_frames(numbered: Manifest, frame_numbers: FrameNu
 def test_starts_lie_on_the_grid(numbered: Manifest, frame_numbers: FrameNumbers) -> None:
     dataset = clips_of(numbered, start_every=16)
     pairs = {
-        tuple(frame_numbers(clip.numpy())[0] for clip in dataset[Key(epoch, 0)][0])
+        tuple(frame_numbers(clip)[0] for clip in draw_clips(dataset, epoch, 0))
         for epoch in range(60)
     }
     assert pairs == {(a, b) for a in (0, 16, 32) for b in (0, 16, 32) if a != b}
@@ -110,7 +120,7 @@ def test_clips_stay_in_their_part_of_the_file(
         numbered.source, numbered.path[:1], np.array([10]), np.array([18]), numbered.columns
     )
     dataset = clips_of(part, views=1)
-    starts = {frame_numbers(dataset[Key(e, 0)][0][0].numpy())[0] for e in range(30)}
+    starts = {frame_numbers(draw_clips(dataset, e, 0)[0])[0] for e in range(30)}
     assert starts == {10, 11, 12}
 
 
@@ -119,8 +129,8 @@ def test_no_room_for_different_clips(numbered: Manifest, frame_numbers: FrameNum
     part = Manifest(
         numbered.source, numbered.path[:1], np.array([0]), np.array([16]), numbered.columns
     )
-    clips, _ = clips_of(part)[Key(0, 0)]
-    assert [frame_numbers(clip.numpy()) for clip in clips] == [list(range(16))] * 2
+    clips = draw_clips(clips_of(part), 0, 0)
+    assert [frame_numbers(clip) for clip in clips] == [list(range(16))] * 2
 
 
 def test_random_squares(
@@ -135,7 +145,7 @@ def test_random_squares(
     dataset = clips_of(make_manifest(tmp_path, [("v.avi", 0, 20, "a", "train")]), size=64)
     lefts = []
     for epoch in range(40):
-        for clip in dataset[Key(epoch, 0)][0].numpy().astype(int):
+        for clip in draw_clips(dataset, epoch, 0).astype(int):
             assert clip.shape == (16, 64, 64, 3)
             assert np.abs(clip - clip[:1]).max() <= 6  # coding noise
             assert clip[0, 0, -1].mean() - clip[0, 0, 0].mean() == pytest.approx(63, abs=6)
@@ -153,9 +163,8 @@ def test_short_videos_are_repeated(
 ) -> None:
     write_video(tmp_path / "short.avi", 5, width=32, height=32)
     manifest = make_manifest(tmp_path, [("short.avi", 0, 5, "a", "train")])
-    clips, _ = clips_of(manifest, short_videos="loop")[Key(0, 0)]
-    for clip in clips:
-        assert frame_numbers(clip.numpy()) == [0, 1, 2, 3, 4] * 3 + [0]
+    for clip in draw_clips(clips_of(manifest, short_videos="loop"), 0, 0):
+        assert frame_numbers(clip) == [0, 1, 2, 3, 4] * 3 + [0]
     with pytest.raises(InputError, match=r"short\.avi \(5 frames\)"):
         clips_of(manifest)
 
@@ -179,21 +188,22 @@ def with_bad_files(
 
 def test_unreadable_videos_are_left_out_and_named(with_bad_files: Manifest) -> None:
     dataset = clips_of(with_bad_files)
-    batch = collate([dataset[Key(0, row)] for row in range(4)])
+    batch = dataset[[Key(0, row) for row in range(4)]]
     assert batch.clips.shape == (2, 2, 16, 32, 32, 3)
     assert batch.labels.tolist() == [0, 20]
     assert batch.labels.dtype == torch.int64
     for column, row in enumerate((0, 2)):
-        assert torch.equal(batch.clips[:, column], dataset[Key(0, row)][0])
+        np.testing.assert_array_equal(batch.clips[:, column], draw_clips(dataset, 0, row))
     folder = with_bad_files.source.parent
     assert [entry.path for entry in batch.unreadable] == [str(folder / f"{i}.avi") for i in (1, 3)]
     assert "ends after 10 frames" in batch.unreadable[1].reason
 
 
-def test_nothing_readable() -> None:
-    batch = collate([Unreadable("a.avi", "broken"), Unreadable("b.avi", "broken")])
+def test_nothing_readable(with_bad_files: Manifest) -> None:
+    batch = clips_of(with_bad_files)[[Key(0, 1), Key(0, 3)]]
+    assert batch.clips.shape == (2, 0, 16, 32, 32, 3)
     assert len(batch.labels) == 0
-    assert [entry.path for entry in batch.unreadable] == ["a.avi", "b.avi"]
+    assert [Path(entry.path).name for entry in batch.unreadable] == ["1.avi", "3.avi"]
 
 
 def test_workers_change_nothing(numbered: Manifest) -> None:
@@ -223,6 +233,9 @@ def test_errors_of_workers_arrive(with_bad_files: Manifest) -> None:
     )
     (batch,) = loader
     assert sorted(Path(entry.path).name for entry in batch.unreadable) == ["1.avi", "3.avi"]
+    assert batch.clips.shape == (2, 2, 16, 32, 32, 3)
+    assert batch.labels.tolist() in ([0, 20], [20, 0])
+    assert batch.clips.is_shared()
 
 
 def test_batch_larger_than_the_dataset(numbered: Manifest) -> None:

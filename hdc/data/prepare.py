@@ -28,6 +28,7 @@ from hdc.data.hmdb51 import list_hmdb51
 from hdc.data.kinetics400 import list_kinetics400
 from hdc.data.listing import Listed, label_columns
 from hdc.data.manifest import MANIFEST, OF_THE_FILE, Manifest, csv_text, read_manifest
+from hdc.data.packed import is_packed
 from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.data.workers import Job, Outcome, hash_file, run_jobs
@@ -97,7 +98,8 @@ def prepare(
     _check_folders(source, target, config)
     videos = DATASETS[dataset](source)
     if source == target:
-        videos = [video for video in videos if video.path not in (MANIFEST, BAD_FILES, LOG)]
+        own = (MANIFEST, BAD_FILES, LOG)
+        videos = [v for v in videos if v.path not in own and not is_packed(v.path, MANIFEST)]
     if not videos:
         raise InputError(f"{source} holds no videos")
     settings = {
@@ -154,7 +156,10 @@ def check(target: Path, progress: Progress = lambda done, total, bad: None) -> l
         there = {
             path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()
         }
-        differences += [f"extra {_printable(path)}" for path in sorted(there - own - set(expected))]
+        extra = sorted(
+            path for path in there - own - set(expected) if not is_packed(path, MANIFEST)
+        )
+        differences += [f"extra {_printable(path)}" for path in extra]
     return differences
 
 

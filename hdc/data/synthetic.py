@@ -8,6 +8,7 @@ the looks, too: then they become a shortcut for Temporal Contrast.
 The class folders are the motions. `takes.csv` lists every take with its motion, its appearance, and both.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ TAKES, TAKE_FRAMES, SIZE, FPS = 6, 16, 48, 25
 
 @dataclass(frozen=True)
 class _Looks:
-    """One draw of appearance. Lengths are in half frames."""
+    """One draw of appearance. Lengths are in half frame heights."""
 
     texture: str
     angle: float
@@ -100,14 +101,29 @@ def _write_lists(root: Path, lists: dict[str, list[str]]) -> None:
     write_text(folder / "testlist01.txt", "".join(f"{name}\n" for name in lists["test"]))
 
 
+def draw_takes(
+    motion: str,
+    rng: np.random.Generator,
+    *,
+    takes: int = TAKES,
+    width: int = SIZE,
+    height: int = SIZE,
+    fixed_appearance: bool = False,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """One video, take by take: the texture's name, and uint8 frames [16, height, width, 3]."""
+    move = _draw_motion(motion, rng)
+    looks = [_draw_looks(rng) for _ in range(takes)]
+    if fixed_appearance:
+        looks = looks[:1] * takes
+    for take in looks:
+        yield take.texture, _render(take, move, width, height)
+
+
 def _write_video(
     path: Path, motion: str, rng: np.random.Generator, fixed_appearance: bool
 ) -> list[str]:
     """Draw and encode one video; returns the texture of every take."""
-    move = _draw_motion(motion, rng)
-    looks = [_draw_looks(rng) for _ in range(TAKES)]
-    if fixed_appearance:
-        looks = looks[:1] * TAKES
+    textures = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FPS)
@@ -116,17 +132,18 @@ def _write_video(
         stream.bit_rate = 4_000_000  # more than 48 × 48 pixels need: next to no coding loss
         stream.gop_size = TAKE_FRAMES
         stream.codec_context.thread_count = 1
-        for take in looks:
-            for image in _render(take, move):
+        for texture, images in draw_takes(motion, rng, fixed_appearance=fixed_appearance):
+            textures.append(texture)
+            for image in images:
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode(None))
-    return [take.texture for take in looks]
+    return textures
 
 
 @dataclass(frozen=True)
 class _Motion:
-    """Per frame: a shift in half frames, and a turn in radians, about the centre."""
+    """Per frame: a shift in half frame heights, and a turn in radians, about the centre."""
 
     shift: np.ndarray
     turn: float
@@ -158,10 +175,12 @@ def _draw_looks(rng: np.random.Generator) -> _Looks:
     )
 
 
-def _render(looks: _Looks, motion: _Motion) -> np.ndarray:
-    """The frames of one take: uint8 [16, 48, 48, 3]."""
-    axis = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
-    y, x = np.meshgrid(axis, axis, indexing="ij")
+def _render(looks: _Looks, motion: _Motion, width: int, height: int) -> np.ndarray:
+    """The frames of one take: uint8 [16, height, width, 3]."""
+    across, down = (
+        (np.arange(side) + 0.5) / height * 2 - side / height for side in (width, height)
+    )
+    y, x = np.meshgrid(down, across, indexing="ij")
     time = np.arange(TAKE_FRAMES)[:, None, None]
     x, y = x - motion.shift[0] * time, y - motion.shift[1] * time
     angle = looks.angle - motion.turn * time

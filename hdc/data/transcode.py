@@ -22,7 +22,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from hdc.data.video import VideoError, open_video
+from hdc.data.video import VideoError, demux, open_video
 
 GOP = 12
 QUANTIZER = "3"  # of 1 to 31, the same for every frame
@@ -98,13 +98,14 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
     packets = frames = 0
     end = 0.0
     try:
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            if packet.pts is not None and packet.time_base:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            for frame in stream.decode(packet):
-                frames += 1
-                yield frame
+        with demux(container, stream) as found:
+            for packet in found:
+                packets += packet.size > 0
+                if packet.pts is not None and packet.time_base:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                for frame in stream.decode(packet):
+                    frames += 1
+                    yield frame
     except av.FFmpegError as error:
         stated = f" of {stream.frames}" if stream.frames else ""
         reason = f"cannot be decoded after {frames}{stated} frames: {(error.strerror or str(error)).lower()}"
