@@ -1,10 +1,19 @@
-"""Compiles `csrc/` into `hdc_kernels/backends/libhdc_cpu.so`, if there is a C++ compiler to do it.
+"""Compiles `csrc/` into libraries in `hdc_kernels/backends/`, where there are compilers to do it.
 
-The library has a plain C interface: building it needs neither torch nor Python's headers, and one wheel
+    libhdc_cpu.so    by the C++ compiler
+    libhdc_cuda.so   by nvcc: that of $CUDACXX, the PATH, $CUDA_HOME or /usr/local/cuda. $HDC_CUDA_ARCHITECTURES
+                     may name other devices than `ARCHITECTURES`, in nvcc's words and between spaces: sm_90a is
+                     machine code for 9.0, compute_100 PTX for 10.0 and everything later. "none" does without.
+
+The libraries have a plain C interface: building them needs neither torch nor Python's headers, and one wheel
 serves every torch and every Python. Everything that is not compiled is declared in pyproject.toml.
 """
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
+from setuptools.modified import newer_group
 
 FLAGS = [
     "-std=c++17",
@@ -31,9 +41,29 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("avx512", 64, ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"]),
     ]
 
+ARCHITECTURES = "sm_80 sm_86 sm_89 sm_90a compute_100"  # of which nvcc may not know all
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC"]
+
+CPU = Extension(
+    "hdc_kernels.backends.libhdc_cpu",
+    sources=["csrc/contrast.cpp", "csrc/contrast_isa.cpp"],
+    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+)
+CUDA = Extension(
+    "hdc_kernels.backends.libhdc_cuda",
+    sources=[str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))],
+    depends=[str(path) for path in sorted(Path("csrc/cuda").glob("*.*h"))],
+)
+WITHOUT = {
+    CPU.name: "the C++ kernels were not built ({}): backend 'cpu' will be missing and the losses run in plain "
+    "PyTorch. Install g++ 12 or clang++ 15 (or later) and install again.",
+    CUDA.name: "the CUDA kernels were not built ({}): backend 'cuda' will be missing. Install the CUDA toolkit 12.5 "
+    "(or later) and install again.",
+}
+
 
 class BuildKernels(build_ext):
-    """One object for each instruction set, side by side; without OpenMP where the compiler has none."""
+    """What there is a compiler for; everything else is installed all the same."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"  # no Python in its name: it is not a module
@@ -42,18 +72,26 @@ class BuildKernels(build_ext):
         try:
             super().run()
         except BaseError as error:
-            self._go_on_without(error)
+            for ext in self.extensions:
+                self._go_on_without(ext, error)
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            try:
-                self._build(ext, ["-fopenmp"])
-            except (CompileError, LinkError):
-                self._build(ext, [])
+            if ext is CUDA:
+                self._build_cuda(ext)
+            else:
+                self._build_cpu(ext)
         except (CompileError, LinkError) as error:
-            self._go_on_without(error)
+            self._go_on_without(ext, error)
 
-    def _build(self, ext: Extension, openmp: list[str]) -> None:
+    def _build_cpu(self, ext: Extension) -> None:
+        """One object for each instruction set, side by side; without OpenMP where the compiler has none."""
+        try:
+            self._build_on_threads(ext, ["-fopenmp"])
+        except (CompileError, LinkError):
+            self._build_on_threads(ext, [])
+
+    def _build_on_threads(self, ext: Extension, openmp: list[str]) -> None:
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             name, source, flags = job
             folder = str(Path(self.build_temp, name))
@@ -71,15 +109,86 @@ class BuildKernels(build_ext):
         library = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
 
-    def _go_on_without(self, error: BaseError) -> None:
-        self.extensions = []
-        self.warn(
-            f"the C++ kernels were not built ({error}): backend 'cpu' will be missing and the losses "
-            "run in plain PyTorch. Install g++ 12 or clang++ 15 (or later) and install again."
-        )
+    def _build_cuda(self, ext: Extension) -> None:
+        """One object for each source that has changed, side by side, the largest sources first."""
+        nvcc = find_nvcc()
+        architectures = cuda_architectures(nvcc)
+        hopper = "sm_90a" in architectures
+        macros = ["-DHDC_CUDA_HOPPER"] if hopper else []
+        ptx = [int(name.removeprefix("compute_")) for name in architectures if "compute" in name]
+        if ptx:
+            macros.append(f"-DHDC_CUDA_PTX={min(ptx)}")
+        folder = Path(self.build_temp, "cuda", "_".join(architectures))
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source: Path) -> str:
+            target = folder / f"{source.stem}.o"
+            if newer_group([str(source), *ext.depends, __file__], str(target)):
+                only_hopper = source.name.startswith("hopper_")
+                wanted = ["sm_90a"] if only_hopper else architectures
+                code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in wanted]
+                run_nvcc(
+                    CompileError, nvcc, *NVCC_FLAGS, *macros, *code, "-c", source, "-o", target
+                )
+            return str(target)
+
+        sources = [Path(source) for source in ext.sources]
+        sources = [s for s in sources if hopper or not s.name.startswith("hopper_")]
+        sources.sort(key=lambda source: source.stat().st_size, reverse=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # The runtime is linked in, and cannot be seen from outside: PyTorch brings another one.
+        run_nvcc(LinkError, nvcc, "-shared", "-cudart=static", *objects, "-o", library)
+
+    def _go_on_without(self, ext: Extension, error: BaseError) -> None:
+        self.extensions = [other for other in self.extensions if other is not ext]
+        self.warn(WITHOUT[ext.name].format(error))
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+def find_nvcc() -> str:
+    """Its path; raises CompileError if there is none."""
+    named = os.environ.get("CUDACXX")
+    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    found = [named or shutil.which("nvcc"), *(shutil.which("nvcc", path=home) for home in homes)]
+    for nvcc in found:
+        if nvcc:
+            return nvcc
+    raise CompileError("nvcc was not found")
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Those asked for, or those of the default that this nvcc knows; raises CompileError for other names."""
+    asked = os.environ.get("HDC_CUDA_ARCHITECTURES", "").split()
+    wrong = [name for name in asked if not re.fullmatch(r"sm_\d+|sm_90a|compute_\d+", name)]
+    if asked == ["none"]:
+        raise CompileError("HDC_CUDA_ARCHITECTURES is none")
+    if wrong:
+        raise CompileError(
+            f"HDC_CUDA_ARCHITECTURES has {wrong[0]!r}; it may have names such as sm_80, sm_90a, compute_100"
+        )
+    known = run_nvcc(CompileError, nvcc, "--list-gpu-arch").split()
+    default = [
+        name
+        for name in ARCHITECTURES.split()
+        if name.replace("sm", "compute").removesuffix("a") in known
+    ]
+    return asked or default
+
+
+def run_nvcc(failure: type[BaseError], nvcc: str, *arguments: str | Path) -> str:
+    """What it prints; raises `failure` with the end of what it says if it fails."""
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise failure(str(error)) from error
+    if done.returncode:
+        raise failure((done.stderr or f"{nvcc} returned {done.returncode}")[-2000:].strip())
+    return done.stdout
 
 
 class TagWheel(bdist_wheel):
@@ -90,12 +199,6 @@ class TagWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[
-        Extension(
-            "hdc_kernels.backends.libhdc_cpu",
-            sources=["csrc/contrast.cpp", "csrc/contrast_isa.cpp"],
-            depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
-        )
-    ],
+    ext_modules=[CPU, CUDA],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
 )

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdc_kernels import fused_hd_nce, fused_info_nce
+from hdc_kernels.backends import cuda
+from hdc_kernels.checks import Backend
 
 WIDTH = 128
 TAU = 0.07
@@ -91,8 +93,14 @@ def eager(case: Case) -> Loss:
     return lambda query, key: naive.info_nce(query, key, TAU, symmetric=case.symmetric)
 
 
-def ours(case: Case) -> Loss:
-    return lambda query, key: fused_info_nce(query, key, temperature=TAU, symmetric=case.symmetric)
+def ours(case: Case, backend: Backend = "auto") -> Loss:
+    options: dict[str, Any] = {"symmetric": case.symmetric, "backend": backend}
+    return lambda query, key: fused_info_nce(query, key, temperature=TAU, **options)
+
+
+def ours_in_cuda(case: Case) -> Loss:
+    _need_cuda_library(case)
+    return ours(case, "cuda")
 
 
 def linear_cross_entropy(case: Case) -> Loss:
@@ -182,6 +190,12 @@ def _need_gpu(case: Case) -> None:
         raise Unfit("needs a GPU")
 
 
+def _need_cuda_library(case: Case) -> None:
+    _need_gpu(case)
+    if not cuda.is_available():
+        raise ImportError("the CUDA library of hdc_kernels, which needs nvcc")
+
+
 def _pairs(views: tuple[Tensor, ...]) -> tuple[list[naive.Pair], list[naive.Pair]]:
     pairs = list(zip(views[::2], views[1::2], strict=True))
     return pairs[: len(STEPS)], pairs[len(STEPS) :]
@@ -199,6 +213,11 @@ def hd_ours(case: Case) -> Loss:
     return partial(_fused_hd_nce, fused_hd_nce)
 
 
+def hd_ours_in_cuda(case: Case) -> Loss:
+    _need_cuda_library(case)
+    return partial(_fused_hd_nce, partial(fused_hd_nce, backend="cuda"))
+
+
 def hd_ours_with_metrics(case: Case) -> Loss:
     return lambda *views: _fused_hd_nce(partial(fused_hd_nce, return_metrics=True), *views)[0]
 
@@ -212,6 +231,7 @@ def product(case: Case) -> Loss:
 
 
 OURS = "ours"
+OURS_IN_CUDA = "ours, CUDA C++"
 EAGER = "eager"
 COMPILED = "eager, compiled"
 
@@ -220,6 +240,7 @@ INFO_NCE = [
     Contender(COMPILED, "the same under torch.compile", lambda c: compiled(eager(c)), compiles=True),
     Contender(OURS, "fused_info_nce", ours),
     Contender("ours, compiled", "the same under torch.compile", lambda c: compiled(ours(c)), compiles=True),
+    Contender(OURS_IN_CUDA, 'fused_info_nce(backend="cuda")', ours_in_cuda),
     Contender("linear_cross_entropy", "PyTorch's own, in chunks; one direction a call", linear_cross_entropy),
     Contender("info-nce-pytorch", "info_nce(); one direction a call", info_nce_pytorch, peer=True),
     Contender("pytorch-metric-learning", "NTXentLoss with labels 0 … B−1", metric_learning, peer=True),
@@ -234,6 +255,7 @@ HD_NCE = [
     Contender("eager, loop", "17 InfoNCE, one after the other", hd_loop),
     Contender(COMPILED, "the bmm under torch.compile", lambda c: compiled(hd_bmm(c)), compiles=True),
     Contender(OURS, "fused_hd_nce", hd_ours),
+    Contender(OURS_IN_CUDA, 'fused_hd_nce(backend="cuda")', hd_ours_in_cuda),
     Contender("ours, with metrics", "the same with return_metrics=True", hd_ours_with_metrics),
     Contender("ours, compiled", "the same under torch.compile", lambda c: compiled(hd_ours(c)), compiles=True),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,14 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor, nn
 
 import hdc_kernels
-from hdc_kernels.compat import lightly, open_clip, sentence_transformers
+from hdc_kernels.compat import (
+    lightly,
+    moco,
+    open_clip,
+    pytorch_metric_learning,
+    sentence_transformers,
+    supcon,
+)
 from hdc_kernels.distributed import Ranks
 
 RANKS, PAIRS, WIDTH = 2, 4, 6
@@ -89,6 +97,42 @@ def sentences(loss: Callable[..., nn.Module]) -> Make:
     return make
 
 
+def labelled(loss: Callable[..., Callable[..., Tensor]]) -> Make:
+    """Of views stacked row upon row, each with the label of its pair."""
+
+    def make(gather: bool) -> Loss:
+        several = loss(process_group=dist.group.WORLD if gather else None)
+        first = PAIRS * dist.get_rank() if gather else 0
+        return lambda x, y, scale: several(
+            torch.cat((x, y)), torch.arange(first, first + len(x)).repeat(2)
+        )
+
+    return make
+
+
+def image_views(gather: bool) -> Loss:
+    module = supcon.SupConLoss(process_group=dist.group.WORLD if gather else None)
+    return lambda x, y, scale: module(F.normalize(torch.stack((x, y), 1), dim=-1))
+
+
+def momentum(gather: bool) -> Loss:
+    group = dist.group.WORLD if gather else None
+    return lambda x, y, scale: moco.contrastive_loss(x, y, T=1.0, process_group=group)
+
+
+def scales(gather: bool) -> Loss:
+    """Two timesteps of Spatial Contrast, and Temporal Contrast."""
+    group = dist.group.WORLD if gather else None
+    return lambda x, y, scale: hdc_kernels.fused_hd_nce(
+        [(torch.stack((x, x * y), 1), torch.stack((y, x - y), 1))],
+        [(x, y)],
+        alpha=[0.5],
+        beta=[1.0],
+        temperature=1 / scale,
+        process_group=group,
+    )
+
+
 def metric_learning(efficient: bool) -> Make:
     def make(gather: bool) -> Loss:
         module: nn.Module = pml.NTXentLoss(0.5)
@@ -119,6 +163,8 @@ def contenders() -> dict[str, Make]:
         "fused_dcl": fused(hdc_kernels.fused_dcl),
         "fused_dclw": fused(hdc_kernels.fused_dclw),
         "fused_hn_nce": fused(hdc_kernels.fused_hn_nce),
+        "fused_sup_con": labelled(partial(partial, hdc_kernels.fused_sup_con, temperature=0.1)),
+        "fused_hd_nce": scales,
         "compat ClipLoss, defaults": clip(open_clip, False, False),
         "compat ClipLoss, local_loss": clip(open_clip, True, False),
         "compat SigLipLoss": siglip(open_clip),
@@ -128,6 +174,10 @@ def contenders() -> dict[str, Make]:
         "compat MultipleNegativesRankingLoss": sentences(
             sentence_transformers.MultipleNegativesRankingLoss
         ),
+        "compat pytorch-metric-learning NTXentLoss": labelled(pytorch_metric_learning.NTXentLoss),
+        "compat pytorch-metric-learning SupConLoss": labelled(pytorch_metric_learning.SupConLoss),
+        "compat SupContrast SupConLoss": image_views,
+        "compat MoCo v3 contrastive_loss": momentum,
     }
     peers: dict[str, Make] = {
         "open_clip ClipLoss, defaults": clip(peer_clip, False, False),

@@ -27,6 +27,13 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2
     exit 1
 fi
 
+# Code for this device alone: everything else takes minutes to compile.
+HDC_CUDA_ARCHITECTURES=$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else ""))')
+export HDC_CUDA_ARCHITECTURES
+
 record=$out/stages.tsv
 : >"$record"
 
@@ -69,6 +76,11 @@ if stage build 300 "${install[@]}" --no-build-isolation .; then
 else
     export PYTHONPATH=$sources # what needs no compiler can still be checked
 fi
+stage library 60 "$python" -P -c '
+import torch
+from hdc_kernels.backends import cuda
+cuda.library()
+assert cuda.runs_on(torch.cuda.get_device_capability())'
 if [ -n "$wheels" ]; then
     stage peers 120 "${install[@]}" "$wheels"/*.whl
     export PYTHONPATH=$PYTHONPATH:$installed
@@ -81,24 +93,29 @@ mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 if asked tests-gpu && [ ${#marked[@]} -gt 0 ]; then
     stage tests-gpu 600 "${tests[@]}" -m gpu "${marked[@]}"
 fi
-asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py
+asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton.py tests/test_augment.py
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
-# Compiles the kernels; if it fails, so will the next three.
-asked paths && stage paths 600 "$python" bench/sanitize_gpu.py
-for tool in memcheck racecheck initcheck; do
-    asked "$tool" || continue
-    if [ -n "$sanitizer" ]; then
-        stage "$tool" 600 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" bench/sanitize_gpu.py
-    else
-        missing "$tool" compute-sanitizer
-    fi
+for backend in triton cuda; do
+    # Triton compiles its kernels here; if this fails, so will what follows.
+    asked "paths-$backend" && stage "paths-$backend" 600 "$python" bench/sanitize_gpu.py "$backend"
+    for tool in memcheck racecheck synccheck initcheck; do
+        asked "$tool-$backend" || continue
+        if [ -n "$sanitizer" ]; then
+            stage "$tool-$backend" 600 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+                "$python" bench/sanitize_gpu.py "$backend"
+        else
+            missing "$tool-$backend" compute-sanitizer
+        fi
+    done
 done
 
 compare=("$python" bench/compare.py --device cuda --seconds 1 --limit 10)
 asked bench-bf16 && stage bench-bf16 900 "${compare[@]}" --symmetric --out "$out/bench-bf16.json"
 asked bench-float32 && stage bench-float32 900 "${compare[@]}" --dtype float32 --sizes 128 2048 8192 32768 \
     --out "$out/bench-float32.json"
+asked bench-augment && stage bench-augment 300 "${tests[@]}" bench/bench_augment.py --benchmark-only \
+    --benchmark-json "$out/bench-augment.json"
 
 "$python" - "$record" "$out" <<'EOF'
 import json
@@ -112,9 +129,9 @@ for line in record.read_text().splitlines():
     stages[name] = {"state": state, "seconds": int(seconds)}
     print(f"{name:16} {state:32} {seconds:>5} s")
 summary = {"stages": stages}
-for dtype in ("bf16", "float32"):
-    path = out / f"bench-{dtype}.json"
-    summary[f"bench-{dtype}"] = json.loads(path.read_text()) if path.exists() else None
+for name in ("bf16", "float32", "augment"):
+    path = out / f"bench-{name}.json"
+    summary[f"bench-{name}"] = json.loads(path.read_text()) if path.exists() else None
 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 EOF
 if cut -f 2 "$record" | grep -qv '^pass$'; then

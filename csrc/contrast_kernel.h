@@ -598,7 +598,8 @@ class Contrast {
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
                 count_unbeaten(own.panel, columns_of(block));
-                tilted ? update_tilted_rows(round_up(columns_of(block), V)) : update_rows(round_up(columns_of(block), V));
+                if (tilted) update_rows<true>(round_up(columns_of(block), V));
+                else update_rows<false>(round_up(columns_of(block), V));
                 if (symmetric) update_columns(block);
             }
             for (int64_t i = 0; i < count; i++) {
@@ -612,31 +613,21 @@ class Contrast {
         }
     }
 
+    template <bool WITH_TILT>
     void update_rows(int64_t width) {
         for (int64_t i = 0; i < count; i++) {
             const T* row = own.panel + i * STRIDE;
             const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
-            Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2);
-            for (int64_t j = 0; j < width; j += V) sum += exp2((load(row + j) - now) * scale2);
-            store(own.row_maximum + i * V, now);
-            store(own.row_sum + i * V, sum);
-        }
-    }
-
-    void update_tilted_rows(int64_t width) {
-        for (int64_t i = 0; i < count; i++) {
-            const T* row = own.panel + i * STRIDE;
-            const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
-            Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2);
-            Vector<T> tilt = load(own.row_second + i * V) * exp2((before - now) * tilt_scale2);
+            Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2), tilt{};
+            if constexpr (WITH_TILT) tilt = load(own.row_second + i * V) * exp2((before - now) * tilt_scale2);
             for (int64_t j = 0; j < width; j += V) {
                 const Vector<T> below = load(row + j) - now;
                 sum += exp2(below * scale2);
-                tilt += exp2(below * tilt_scale2);
+                if constexpr (WITH_TILT) tilt += exp2(below * tilt_scale2);
             }
             store(own.row_maximum + i * V, now);
             store(own.row_sum + i * V, sum);
-            store(own.row_second + i * V, tilt);
+            if constexpr (WITH_TILT) store(own.row_second + i * V, tilt);
         }
     }
 
@@ -703,7 +694,8 @@ class Contrast {
             if (ELEMENTS == PAIRS) weigh_rows(ones);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
-                tilted ? tilted_coefficients(block) : coefficients(block);
+                if (tilted) tilted_coefficients(block);
+                else coefficients(block);
                 add_to_sums(own.panel, block);
                 add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
             }

@@ -202,12 +202,7 @@ def _evaluate(
     gallery, queries = (extract(settings, backbone, takes, part) for part in ("train", "test"))
     retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in CHANCE}
     probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in CHANCE}
-    retrieval.write(
-        RetrieveConfig(
-            **{**vars(settings), "label": "both"},
-        ),
-        retrievals["both"],
-    )
+    retrieval.write(RetrieveConfig(**{**vars(settings), "label": "both"}), retrievals["both"])
     return ModelResult(
         nearest={label: 100 * result.accuracy[1] for label, result in retrievals.items()},
         probe={label: 100 * result.test_accuracy for label, result in probes.items()},

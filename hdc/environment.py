@@ -1,6 +1,5 @@
 """What a run is computed with: versions, machine, device. Stored with the run, for the report to show."""
 
-import os
 import platform
 import subprocess
 from functools import cache
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from hdc import atomic, distributed
+from hdc.device import cores
 
 FILE = "environment.json"
 PACKAGES = ("hdc", "torch", "triton", "numpy", "av")
@@ -18,7 +18,6 @@ PACKAGES = ("hdc", "torch", "triton", "numpy", "av")
 
 def describe(device: torch.device) -> dict[str, str]:
     """Name → value, for work on `device`; what is not there is left out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device.type == "cuda"
     found = {
         "Python": platform.python_version(),
@@ -26,7 +25,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "commit of hdc": _commit(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "CPU": _cpu(),
-        "cores": f"{cores}",
+        "cores": f"{cores()}",
         "threads": f"{torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
         "CUDA": f"{torch.version.cuda}" if on_gpu else "",

@@ -46,9 +46,8 @@ def augment(clips: Tensor, config: AugmentConfig, generator: Generator, share: S
     height, width = clips.shape[2:4]
     boxes = views.draw_boxes(share.total, height, width, config, generator)
     colors = views.draw_colors(share.total, config, generator)
-    boxes, matrix, contrast = (share.pick(drawn, len(clips)) for drawn in (boxes, *colors))
-    sampled = views.sample_boxes(clips, boxes.to(clips.device), config.crop_size)
-    return views.recolor(sampled, matrix, contrast)
+    drawn = (share.pick(each, len(clips)) for each in (boxes, *colors))
+    return views.transform(clips, config.crop_size, *drawn)
 
 
 def dropout(features: Tensor, probability: float, share: Share) -> Tensor:

@@ -1,8 +1,8 @@
 """The paper's spatial transformations: uint8 clips in, views in [−1, 1] out, the whole batch at once.
 
 One draw per clip, the same for all its frames: random crop, scale jitter, horizontal flip, colour jitter,
-channel replication. Crop, resize and flip are one bilinear sampling; everything done to the colours is
-affine in (R, G, B), so it collapses into one 3×4 matrix per clip, together with the step to [−1, 1].
+channel replication. Crop, resize and flip are one box, everything done to the colours is one 3×3 matrix and
+the contrast: what is drawn here, `hdc_kernels.augment_clips` does in one pass.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from hdc.errors import InputError
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from hdc_kernels import augment_clips
+from hdc_kernels.augment import LUMA
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def augment(clips: Tensor, config: AugmentConfig, generator: Generator) -> Tenso
         generator: a CPU generator; the draw is the same on every device.
 
     Returns:
-        float32 [B, 3, T, crop_size, crop_size] in [−1, 1], on the device of `clips`.
+        [B, 3, T, crop_size, crop_size] in [−1, 1], on the device of `clips`; float32, or autocast's dtype.
     """
     height, width = clips.shape[2:4]
     if config.crop_size > min(height, width):
@@ -96,8 +96,16 @@ def augment(clips: Tensor, config: AugmentConfig, generator: Generator) -> Tenso
             "lower --augment.crop_size or raise --clips.size"
         )
     boxes = draw_boxes(len(clips), height, width, config, generator)
-    views = sample_boxes(clips, boxes.to(clips.device), config.crop_size)
-    return recolor(views, *draw_colors(len(clips), config, generator))
+    return transform(clips, config.crop_size, boxes, *draw_colors(len(clips), config, generator))
+
+
+def transform(
+    clips: Tensor, crop_size: int, boxes: Tensor, matrix: Tensor, contrast: Tensor
+) -> Tensor:
+    """Apply what was drawn; under autocast, the views have its dtype, to which the encoder would round them."""
+    kind = clips.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return augment_clips(clips, boxes, crop_size, matrix=matrix, contrast=contrast, dtype=dtype)
 
 
 def center_square(clips: np.ndarray, size: int) -> np.ndarray:
@@ -141,23 +149,7 @@ def draw_boxes(
     )
 
 
-def sample_boxes(clips: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop, mirror and resize, bilinear: uint8 [B, T, H, W, 3] -> float32 [B, 3, T, size, size]."""
-    batch, frames, height, width, _ = clips.shape
-    left, top, box_width, box_height = boxes.unbind(1)
-    # theta maps output coordinates in [−1, 1] to input coordinates in [−1, 1], pixel edges at ±1.
-    theta = torch.zeros(batch, 2, 3, device=clips.device)
-    theta[:, 0, 0] = box_width / width
-    theta[:, 1, 1] = box_height / height
-    theta[:, 0, 2] = (2 * left + box_width) / width - 1
-    theta[:, 1, 2] = (2 * top + box_height) / height - 1
-    grid = F.affine_grid(theta, [batch, 1, size, size], align_corners=False)
-    # Frames and colours share one grid, so they travel together as channels.
-    planes = clips.permute(0, 4, 1, 2, 3).reshape(batch, 3 * frames, height, width).float()
-    sampled = F.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-    return sampled.view(batch, 3, frames, size, size)
-
-
+@torch.autocast("cpu", enabled=False)  # it would round the matrices, where training runs on a CPU
 def draw_colors(batch: int, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
     """Per clip a 3×3 matrix on (R, G, B) and the contrast factor: [B, 3, 3], [B]."""
     luma = torch.tensor(LUMA)
@@ -190,15 +182,3 @@ def _rotate_hue(turns: Tensor) -> Tensor:
     rotation[:, 1, 2] = -angle.sin()
     rotation[:, 2, 1] = angle.sin()
     return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
-
-
-def recolor(views: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
-    """Apply the colour matrix, then the contrast about the clip's mean grey; [0, 255] -> [−1, 1]."""
-    pixels = views.flatten(2)
-    matrix, contrast = matrix.to(views.device), contrast.to(views.device).view(-1, 1, 1)
-    # The mean grey of the recoloured clip is the recoloured mean, read through LUMA.
-    mean = matrix @ pixels.mean(2, keepdim=True)
-    grey = torch.tensor([LUMA], device=views.device) @ mean
-    offset = (1 - contrast) * grey / 127.5 - 1
-    recolored = torch.baddbmm(offset.expand(-1, 3, 1), contrast * matrix / 127.5, pixels)
-    return recolored.clamp_(-1, 1).view_as(views)

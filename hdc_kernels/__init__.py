@@ -1,6 +1,7 @@
 """Fused contrastive losses for PyTorch: cosine, temperature, softmax and mean as one operation."""
 
 from hdc_kernels import reference
+from hdc_kernels.augment import augment_clips
 from hdc_kernels.clip import CLIP, fused_clip
 from hdc_kernels.cross_entropy import InfoNCEMetrics
 from hdc_kernels.decoupled import DCL, DCLW, fused_dcl, fused_dclw
@@ -28,6 +29,7 @@ __all__ = [
     "Queue",
     "SigLIP",
     "SupCon",
+    "augment_clips",
     "fused_clip",
     "fused_dcl",
     "fused_dclw",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "torch", "chunked", "cpu", "triton"]
+Backend = Literal["auto", "torch", "chunked", "cpu", "triton", "cuda"]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from hdc_kernels import autograd, operators, reference
 from hdc_kernels.backends import EVERYTHING, Function, Mask, plain
 from hdc_kernels.call import Call
-from hdc_kernels.selection import implementation, select
+from hdc_kernels.selection import PLAIN, implementation, select
 
 Pair = tuple[Tensor, Tensor]
-PLAIN = ("torch", "chunked")  # what autograd sees through
 
 
 class Contrast(NamedTuple):
@@ -66,7 +65,9 @@ def contrast(
         _check_mask(mask, x, y)
     compiling = torch.compiler.is_compiling()
     call = Call(
-        select(backend, x, y, rows_first, single_entries=mask.left_out is not None),
+        select(
+            backend, x, y, rows_first, function=function, single_entries=mask.left_out is not None
+        ),
         None if weights is None else tuple(w if compiling else w / divisor for w in weights),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
@@ -133,18 +134,7 @@ def _compiled(
     if call.backend in PLAIN:
         return _plain(call, tau, bias, x, y)
     tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)), call.mask.left_out)
-    options = (
-        call.temperature,
-        call.symmetric,
-        call.normalize,
-        call.rows_first,
-        call.backend,
-        call.function,
-        call.mask.diagonal,
-        call.mask.same,
-        call.ranked,
-        call.beta,
-    )
+    options = operators.options_of(call)
     if call.weights is not None and _differentiable(tau, bias, x, y):
         total, terms, hits, ranks, _ = operators.contrast_total(*tensors, call.weights, *options)
         return total, terms, hits, ranks

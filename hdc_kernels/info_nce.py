@@ -116,8 +116,8 @@ def fused_info_nce(
             "none" for one value per query, [..., B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: "auto" picks the fastest there is (`hdc_kernels/selection.py` has the rule); "cpu" is C++,
-            "triton" is for GPUs, "torch" the plain specification, which holds the B×B logits and the only
-            one that autograd sees through, "chunked" the same in O(B) memory.
+            "triton" and "cuda" are for GPUs, "torch" is the plain specification, which holds the B×B logits and
+            the only one that autograd sees through, "chunked" the same in O(B) memory.
         process_group: a `torch.distributed.ProcessGroup`, or `hdc_kernels.distributed.Ranks` of one, with options:
             the batches of all its ranks are one, of which every rank gets the loss. Gradients averaged over the ranks,
             as DDP does, are those of one process with the whole batch; see `hdc_kernels.distributed`.

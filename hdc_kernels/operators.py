@@ -16,7 +16,7 @@ from hdc_kernels.backends import Mask, Terms
 from hdc_kernels.call import Call, scale, temperature_gradient
 from hdc_kernels.selection import implementation
 
-# What every operator takes: the embeddings, then what `_call` and `Call.problems` make of the rest.
+# What every operator takes: the embeddings, then what `make_call` and `Call.problems` make of the rest.
 INPUTS = "Tensor[] x, Tensor[] y, Tensor? tau, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? left_out"
 OPTIONS = (
     "float temperature, bool symmetric, bool normalize, int rows_first, str backend, str function, "
@@ -41,7 +41,7 @@ def contrast_total(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Total, terms, hits, ranks, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
-    call = _call(len(x), weights, x_ids, y_ids, left_out, options)
+    call = make_call(len(x), weights, x_ids, y_ids, left_out, options)
     terms, made = call.step(tau, bias, x, y)
     return terms.total, terms.loss, terms.hits, _ranks(terms), made
 
@@ -51,12 +51,12 @@ def _(
     x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
-    terms, hits = _flat(x, dtype, x[0]), _flat(x, torch.bool, x[0])
+    terms, hits = flat(x, dtype, x[0]), flat(x, torch.bool, x[0])
     ranked = rest[-2]  # see OPTIONS
-    ranks = _flat(x if ranked else [], torch.int64, x[0])
+    ranks = flat(x if ranked else [], torch.int64, x[0])
     scalar = x[0].new_empty((), dtype=dtype)
     made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
-    return scalar, terms, hits, ranks, [*_scalars(scalar, bias), *made]
+    return scalar, terms, hits, ranks, [*scalars(scalar, bias), *made]
 
 
 def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -70,9 +70,9 @@ def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _total_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return _per_argument(ctx, None)
+        return per_argument(ctx, None)
     xy, made = ctx.saved_tensors[: 2 * ctx.pairs], ctx.saved_tensors[2 * ctx.pairs :]
-    return _per_argument(ctx, contrast_scale(list(made), upstream, list(xy)))
+    return per_argument(ctx, contrast_scale(list(made), upstream, list(xy)))
 
 
 contrast_total.register_autograd(_total_backward, setup_context=_total_context)
@@ -90,10 +90,10 @@ def contrast_scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor
 
 @contrast_scale.register_fake
 def _(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
-    scalars = len(made) - len(xy)
+    first = len(made) - len(xy)
     return [
-        *(torch.empty_like(d) for d in made[:scalars]),
-        *(torch.empty_like(d, dtype=xy[0].dtype) for d in made[scalars:]),
+        *(torch.empty_like(d) for d in made[:first]),
+        *(torch.empty_like(d, dtype=xy[0].dtype) for d in made[first:]),
     ]
 
 
@@ -113,7 +113,7 @@ def contrast_terms(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Terms, hits, ranks and logsumexps."""
-    call = _call(len(x), None, x_ids, y_ids, left_out, options)
+    call = make_call(len(x), None, x_ids, y_ids, left_out, options)
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     return result.loss, result.hits, _ranks(result), result.lse
 
@@ -129,12 +129,12 @@ def _(
     left_out: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _call(len(x), None, x_ids, y_ids, left_out, options)
-    terms = _flat(x, reference.compute_dtype(x[0].dtype), x[0])
+    call = make_call(len(x), None, x_ids, y_ids, left_out, options)
+    terms = flat(x, reference.compute_dtype(x[0].dtype), x[0])
     lse = implementation(call.backend).LSE_DTYPE
     shape = (call.problems(tau, bias, x, y).sums, terms.shape[0])
-    ranks = _flat(x if call.ranked else [], torch.int64, x[0])
-    return terms, _flat(x, torch.bool, x[0]), ranks, terms.new_empty(shape, dtype=lse)
+    ranks = flat(x if call.ranked else [], torch.int64, x[0])
+    return terms, flat(x, torch.bool, x[0]), ranks, terms.new_empty(shape, dtype=lse)
 
 
 def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -148,10 +148,10 @@ def _terms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _terms_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return _per_argument(ctx, None)
+        return per_argument(ctx, None)
     *xy, x_ids, y_ids, left_out, lse = ctx.saved_tensors
     inputs = xy[: ctx.pairs], xy[ctx.pairs :], ctx.tau, ctx.bias, x_ids, y_ids, left_out
-    return _per_argument(ctx, contrast_gradient(*inputs, lse, upstream, *ctx.options))
+    return per_argument(ctx, contrast_gradient(*inputs, lse, upstream, *ctx.options))
 
 
 contrast_terms.register_autograd(_terms_backward, setup_context=_terms_context)
@@ -175,7 +175,7 @@ def contrast_gradient(
     *options: Any,
 ) -> list[Tensor]:
     """(dτ, dbias if any, *dx, *dy) of Σ upstream · terms. Has no derivative: PyTorch raises where one is asked for."""
-    call = _call(len(x), None, x_ids, y_ids, left_out, options)
+    call = make_call(len(x), None, x_ids, y_ids, left_out, options)
     return call.backward(tau, bias, x, y, lse, upstream)
 
 
@@ -184,10 +184,10 @@ def _(
     x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
 ) -> list[Tensor]:
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
-    return [*_scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
+    return [*scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
 
 
-def _call(
+def make_call(
     pairs: int,
     weights: Sequence[float] | None,
     x_ids: Tensor | None,
@@ -215,7 +215,23 @@ def _call(
     )
 
 
-def _flat(x: Sequence[Tensor], dtype: torch.dtype, like: Tensor) -> Tensor:
+def options_of(call: Call) -> tuple[Any, ...]:
+    """What `OPTIONS` names."""
+    return (
+        call.temperature,
+        call.symmetric,
+        call.normalize,
+        call.rows_first,
+        call.backend,
+        call.function,
+        call.mask.diagonal,
+        call.mask.same,
+        call.ranked,
+        call.beta,
+    )
+
+
+def flat(x: Sequence[Tensor], dtype: torch.dtype, like: Tensor) -> Tensor:
     """[T]: one entry for each row of each x, where `like` is."""
     return like.new_empty(sum(math.prod(t.shape[:-1]) for t in x), dtype=dtype)
 
@@ -225,12 +241,12 @@ def _ranks(terms: Terms) -> Tensor:
     return terms.hits.new_empty(0, dtype=torch.int64) if terms.ranks is None else terms.ranks
 
 
-def _scalars(d_tau: Tensor, bias: Tensor | None) -> list[Tensor]:
+def scalars(d_tau: Tensor, bias: Tensor | None) -> list[Tensor]:
     """Room for (dτ, dbias if any)."""
     return [torch.empty_like(d_tau)] + ([] if bias is None else [torch.empty_like(bias)])
 
 
-def _per_argument(ctx: Any, found: list[Tensor] | None) -> tuple[Any, ...]:
+def per_argument(ctx: Any, found: list[Tensor] | None) -> tuple[Any, ...]:
     """(dτ, dbias if any, *dx, *dy) as one entry for each argument of the operator: x, y, τ, bias, and the rest."""
     rest = (None,) * (len(ctx.needs_input_grad) - 4)
     if found is None:

@@ -7,8 +7,15 @@ The rule of "auto":
                      nor where a mask leaves out single entries
     anything else    "torch" up to PLAIN_LOGITS logits, "chunked" above
 
-That of CPU tensors is measured, at every size in `bench/results/README.md`; that of CUDA tensors is not yet.
-PLAIN_LOGITS bounds memory: below it, plain PyTorch is faster than its chunks.
+That of CPU tensors is measured, at every size in `bench/results/README.md`; that of CUDA tensors is not yet, and
+"cuda" waits for it: only who asks for it gets it. PLAIN_LOGITS bounds memory: below it, plain PyTorch is faster than
+its chunks.
+
+"cuda", which `pip install` compiles where nvcc is, takes a call on a GPU that it was compiled for if
+
+    the function     is "info_nce" or "logsumexp": every loss but SigLIP and those weighted by hardness
+    the embeddings   are float32, bfloat16 or float16, of at most CUDA_WIDTH dimensions
+    the mask         goes by ids and the diagonal, not by single entries
 """
 
 import functools
@@ -20,9 +27,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import Implementation
+from hdc_kernels.backends import Function, Implementation
 
+PLAIN = ("torch", "chunked")  # what autograd sees through
 PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
+CUDA_WIDTH = 512
+CUDA_TAKES = (
+    f"it takes float32, bfloat16 and float16 embeddings of at most {CUDA_WIDTH} dimensions, losses that are "
+    "logsumexps, and no listed pairs"
+)
 
 
 def select(
@@ -31,6 +44,7 @@ def select(
     y: Sequence[Tensor],
     rows_first: int = 0,
     *,
+    function: Function = "info_nce",
     single_entries: bool = False,
 ) -> str:
     """The name of the backend for these tensors; raises ValueError if it is missing or does not fit.
@@ -41,8 +55,7 @@ def select(
     if backend == "auto":
         if device == "cpu" and _has_library():
             return "cpu"
-        on_triton = device == "cuda" and dtype != torch.float64 and not single_entries
-        if on_triton and _has_triton() and _is_ampere(x[0]):
+        if dtype != torch.float64 and not single_entries and _suits_triton(x[0]):
             return "triton"
         logits = sum(
             a.numel() // a.shape[-1] * b.shape[0 if k < rows_first else -2]
@@ -58,17 +71,67 @@ def select(
                 "(g++ or clang++), then reinstall this package"
             )
     if backend == "triton":
-        if not _has_triton():
-            raise ValueError("backend is 'triton' but Triton is not installed; pip install triton")
-        if device != "cuda" and not _interpreted():
-            raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
+        _check_triton(device)
         if dtype == torch.float64:
             raise ValueError("backend is 'triton' but the tensors are float64; use 'auto'")
         if single_entries:
             raise ValueError(
                 "backend is 'triton', which leaves out no single entries or listed pairs; use 'auto'"
             )
+    if backend == "cuda":
+        _check_cuda(x, function, single_entries)
     return backend
+
+
+def select_for_clips(backend: str, clips: Tensor) -> str:
+    """The backend of `augment_clips`: "auto" is "triton" under the same conditions, else "torch"."""
+    if backend == "auto":
+        return "triton" if _suits_triton(clips) else "torch"
+    if backend == "triton":
+        _check_triton(clips.device.type)
+    return backend
+
+
+def _suits_triton(tensor: Tensor) -> bool:
+    """Whether "auto" means Triton where this tensor is."""
+    return tensor.device.type == "cuda" and _has_triton() and _is_ampere(tensor)
+
+
+def _check_triton(device: str) -> None:
+    """Raises ValueError where whoever asks for Triton cannot have it."""
+    if not _has_triton():
+        raise ValueError("backend is 'triton' but Triton is not installed; pip install triton")
+    if device != "cuda" and not _interpreted():
+        raise ValueError(f"backend is 'triton' but the tensors are on {device}; use 'auto'")
+
+
+def _check_cuda(x: Sequence[Tensor], function: Function, single_entries: bool) -> None:
+    """Raises ValueError if backend "cuda" is missing or does not take such a call."""
+    device, dtype = x[0].device.type, x[0].dtype
+    if device != "cuda":
+        raise ValueError(f"backend is 'cuda' but the tensors are on {device}; use 'auto'")
+    if not _has_cuda_library():
+        raise ValueError(
+            "backend is 'cuda' but its CUDA library was not built; install nvcc (the CUDA toolkit, 12.5 or later), "
+            "then reinstall this package"
+        )
+    if not _is_compiled_for(x[0]):
+        major, minor = torch.cuda.get_device_capability(x[0].device)
+        name = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+        raise ValueError(
+            f"backend is 'cuda' but its library has no code for this GPU's compute capability {major}.{minor}; if "
+            f"it is 8.0 or later, reinstall this package with HDC_CUDA_ARCHITECTURES={name}"
+        )
+    width = max(t.shape[-1] for t in x)
+    for unfit, what in (
+        (dtype == torch.float64, "the tensors are float64"),
+        (width > CUDA_WIDTH, f"the embeddings have {width} dimensions"),
+        (function == "softplus", "the loss is a sum of softplus"),
+        (function == "tilted", "the loss weighs negatives by their hardness"),
+        (single_entries, "pairs are listed"),
+    ):
+        if unfit:
+            raise ValueError(f"backend is 'cuda' but {what}; {CUDA_TAKES}; use 'auto'")
 
 
 @functools.cache
@@ -93,6 +156,22 @@ def _has_triton() -> bool:
 @functools.cache
 def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _has_cuda_library() -> bool:
+    from hdc_kernels.backends import cuda
+
+    return cuda.is_available()
+
+
+@torch.compiler.assume_constant_result
+def _is_compiled_for(tensor: Tensor) -> bool:
+    """An NVIDIA GPU that the library has code for."""
+    from hdc_kernels.backends import cuda
+
+    capability = torch.cuda.get_device_capability(tensor.device)
+    return torch.version.hip is None and cuda.runs_on(capability)
 
 
 @torch.compiler.assume_constant_result

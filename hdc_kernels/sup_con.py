@@ -14,9 +14,10 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.ranks import ProcessGroups
-from hdc_kernels.distributed.ring import add_up
 from hdc_kernels.distributed.rows import Rows, meet
+from hdc_kernels.distributed.trip import sums_by_label
 from hdc_kernels.module import Loss
 from hdc_kernels.pairwise import Columns, logsumexp, softplus_sum
 from hdc_kernels.positives import divide, info_nce_terms
@@ -220,12 +221,9 @@ def _by_labels(
             everybody = y
             if problem.y is not problem.own:
                 everybody = unit_vectors(problem.y, normalize=problem.normalize)
-            own = _sums_by_label(everybody, y_labels, x_labels)
+            own = sums_by_label(everybody, y_labels, x_labels)
         else:
-            own = add_up(
-                lambda its, place: _sums_by_label(its, y_labels[place], x_labels),
-                problem.y._replace(own=y),
-            )
+            own = ring.sums_by_label(problem.y._replace(own=y), y_labels, x_labels)
         if problem.holds_self:
             own = own - y[: len(x)]
         mean = divide((x * own).sum(-1) / counts.clamp_min(1), problem.temperature)
@@ -236,14 +234,6 @@ def _by_labels(
         return _log_share(problem.logsumexp(ids=ids, same=True), negative, counts), counts
     options = problem.options(ids, same=True)
     return softplus_sum(-problem.x, problem.y, negative.clamp_min(NOTHING), **options), counts
-
-
-def _sums_by_label(y: Tensor, y_labels: Tensor, x_labels: Tensor) -> Tensor:
-    """For each anchor, the sum of the y of its label."""
-    labels = torch.cat((y_labels, x_labels))
-    place = torch.searchsorted(labels.sort().values, labels)
-    sums = y.new_zeros(len(labels), y.shape[1]).index_add(0, place[: len(y)], y)
-    return sums[place[len(y) :]]
 
 
 def _by_list(problem: _Problem, positives: Tensor, definition: Definition) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
-NAMES = {"eager", "eager, compiled", "ours", "ours, compiled"}
+NAMES = {"eager", "eager, compiled", "ours", "ours, compiled", "ours, CUDA C++"}
 PEERS = {"info-nce-pytorch", "pytorch-metric-learning", "KeOps", "Inf-CL", "memeff"}
 
 

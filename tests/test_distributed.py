@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import processes
@@ -428,11 +429,21 @@ def data_parallel(rank: int, world_size: int) -> None:
 
 def compiled(rank: int, world_size: int) -> None:
     """One graph with even batches."""
-    for name in ("info_nce symmetric", "hd_nce", "siglip"):
+    names = (
+        "info_nce symmetric",
+        "info_nce ids",
+        "nt_xent",
+        "hd_nce",
+        "siglip",
+        "dclw",
+        "hn_nce",
+        "sup_con out",
+    )
+    for name, strategy in product(names, STRATEGIES):
         case = CASES[name]
         inputs = case.inputs([2] * world_size)
         results = []
-        group = Ranks(dist.group.WORLD, even_batches=True)
+        group = Ranks(dist.group.WORLD, strategy=strategy, even_batches=True)
         for loss in (case.loss, torch.compile(case.loss, backend="aot_eager", fullgraph=True)):
             local = {
                 k: (p.of(rank) if isinstance(p, Part) else p).clone() for k, p in inputs.items()

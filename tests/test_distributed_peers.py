@@ -127,6 +127,28 @@ def labels(rank: int, world_size: int) -> None:
             )
 
 
+def memory(rank: int, world_size: int) -> None:
+    """pytorch-metric-learning's, which on each rank holds this rank's earlier batches: among them, all there were."""
+    labels, earlier = torch.arange(sum(SIZES)) % 2, randn(sum(SIZES), 4, seed=7)
+
+    def second_step(whole: bool, loss: nn.Module, x: Tensor) -> Tensor:
+        module = pml.CrossBatchMemory(loss, 4, memory_size=20).double()
+        before, its = (t if whole else t.split(SIZES)[rank] for t in (earlier, labels))
+        module(before, its)
+        found: Tensor = module(x, its)
+        return found
+
+    for make in (pml.NTXentLoss, pml.SupConLoss):
+        for strategy in ("gather", "ring"):
+            several = make(process_group=Ranks(dist.group.WORLD, strategy=strategy))
+            compare(
+                partial(second_step, True, make()),
+                partial(second_step, False, several),
+                rank,
+                columns=1,
+            )
+
+
 def momentum(rank: int, world_size: int) -> None:
     """MoCo v3's."""
     several = partial(moco.contrastive_loss, T=0.2, process_group=dist.group.WORLD)
@@ -134,7 +156,7 @@ def momentum(rank: int, world_size: int) -> None:
 
 
 CHECKS: dict[str, processes.Check] = {
-    f.__name__: f for f in (clip, views, sentences, labels, momentum)
+    f.__name__: f for f in (clip, views, sentences, labels, memory, momentum)
 }
 
 

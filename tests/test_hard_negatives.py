@@ -14,7 +14,7 @@ from hdc_kernels.checks import FLOATING, Backend, Reduction
 from hdc_kernels.hard_negatives import HNNCE, fused_hn_nce
 from hdc_kernels.info_nce import fused_info_nce
 
-BACKENDS = [b for b in get_args(Backend) if b != "triton"]
+BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
 

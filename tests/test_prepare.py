@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from test_prepare_listing import AWKWARD, HMDB51, KINETICS, UCF101, lay
+from downloads import audio, lay
+from test_prepare_listing import AWKWARD, HMDB51, KINETICS, UCF101
 
 from hdc.cli import main
 from hdc.data import workers
@@ -44,15 +44,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def film(tmp_path: Path, write_video: Callable[..., Path]) -> bytes:
     """The content of a file that is good under any name."""
     return write_video(tmp_path / "film.avi", FRAMES, b_frames=2, width=96).read_bytes()
-
-
-def audio(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
 
 
 @pytest.fixture

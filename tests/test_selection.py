@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hdc_kernels import fused_info_nce, selection
-from hdc_kernels.backends import cpu
+from hdc_kernels.backends import cpu, cuda
 from hdc_kernels.checks import FLOATING
 
 LIMIT = selection.PLAIN_LOGITS
@@ -32,20 +32,24 @@ def has(
     *,
     library: bool = False,
     triton: bool = False,
+    cuda: bool = False,
     ampere: bool = True,
     interpreted: bool = False,
 ) -> None:
     """What is installed, and whether the GPU is new enough."""
     monkeypatch.setattr(selection, "_has_library", lambda: library)
+    monkeypatch.setattr(selection, "_has_cuda_library", lambda: cuda)
+    monkeypatch.setattr(selection, "_is_compiled_for", lambda tensor: ampere)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(selection, "_has_triton", lambda: triton)
     monkeypatch.setattr(selection, "_is_ampere", lambda tensor: ampere)
     monkeypatch.setattr(selection, "_interpreted", lambda: interpreted)
 
 
-def chosen(backend: str, *pairs: tuple[Shaped, Shaped]) -> str:
+def chosen(backend: str, *pairs: tuple[Shaped, Shaped], **options: object) -> str:
     """The backend for these pairs."""
     x, y = zip(*pairs, strict=True)
-    return selection.select(backend, x, y)
+    return selection.select(backend, x, y, **options)
 
 
 def chosen_for(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -66,8 +70,8 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trit
 
 @pytest.mark.parametrize("library", [True, False])
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
-    """Triton but for float64, whether or not the C++ library is there, which cannot reach a GPU."""
-    has(monkeypatch, library=library, triton=True)
+    """Triton but for float64, whatever else is there: C++ cannot reach a GPU, and CUDA C++ was not measured yet."""
+    has(monkeypatch, library=library, triton=True, cuda=True)
     assert [chosen_for("auto", "cuda", dtype) for dtype in NARROW] == ["triton"] * 3
     assert chosen_for("auto", "cuda", torch.float64) == "torch"
     has(monkeypatch, library=library, triton=True, ampere=False)
@@ -124,6 +128,35 @@ def test_cpu_and_triton_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [chosen_for("triton", "cpu", dtype) for dtype in NARROW] == ["triton"] * 3
 
 
+def test_cuda_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By function, dtype and width."""
+    has(monkeypatch, cuda=True)
+    widest = Shaped(4, 512, device="cuda", dtype=torch.bfloat16)
+    for function in ("info_nce", "logsumexp"):
+        assert chosen("cuda", (widest, widest), function=function) == "cuda"
+    assert [chosen_for("cuda", "cuda", dtype) for dtype in NARROW] == ["cuda"] * 3
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "found"),
+    [
+        (513, {}, "the embeddings have 513 dimensions"),
+        (8, {"function": "softplus"}, "the loss is a sum of softplus"),
+        (8, {"function": "tilted"}, "the loss weighs negatives by their hardness"),
+        (8, {"single_entries": True}, "pairs are listed"),
+    ],
+)
+def test_what_cuda_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, width: int, options: dict[str, object], found: str
+) -> None:
+    """What was given, and what may be; also where it is not that of the first pair."""
+    has(monkeypatch, cuda=True)
+    one, other = Shaped(4, 8, device="cuda"), Shaped(4, width, device="cuda")
+    message = f"backend is 'cuda' but {found}; {selection.CUDA_TAKES}; use 'auto'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        chosen("cuda", (one, one), (other, other), **options)
+
+
 REFUSALS = [
     ("cpu", "cuda", torch.float32, {"library": True}, "the tensors are on cuda; use 'auto'"),
     ("cpu", "meta", torch.float64, {}, "the tensors are on meta; use 'auto'"),
@@ -146,6 +179,30 @@ REFUSALS = [
         {"triton": True, "interpreted": True},
         "the tensors are float64; use 'auto'",
     ),
+    ("cuda", "cpu", torch.float32, {"cuda": True}, "the tensors are on cpu; use 'auto'"),
+    (
+        "cuda",
+        "cuda",
+        torch.float32,
+        {"library": True, "triton": True},
+        "its CUDA library was not built; install nvcc (the CUDA toolkit, 12.5 or later), then reinstall this package",
+    ),
+    (
+        "cuda",
+        "cuda",
+        torch.float32,
+        {"cuda": True, "ampere": False},
+        "its library has no code for this GPU's compute capability 7.5; if it is 8.0 or later, reinstall this "
+        "package with HDC_CUDA_ARCHITECTURES=sm_75",
+    ),
+    (
+        "cuda",
+        "cuda",
+        torch.float64,
+        {"cuda": True},
+        "the tensors are float64; it takes float32, bfloat16 and float16 embeddings of at most 512 dimensions, "
+        "losses that are logsumexps, and no listed pairs; use 'auto'",
+    ),
 ]
 
 
@@ -165,11 +222,49 @@ def test_refusals(
         chosen_for(backend, device, dtype)
 
 
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [
+        ("cuda", {"triton": True}, "triton"),
+        ("cuda", {"triton": True, "ampere": False}, "torch"),
+        ("cuda", {"library": True}, "torch"),
+        ("cpu", {"library": True, "triton": True, "interpreted": True}, "torch"),
+        ("mps", {"triton": True, "interpreted": True}, "torch"),
+    ],
+)
+def test_clips(
+    monkeypatch: pytest.MonkeyPatch, device: str, installed: dict[str, bool], expected: str
+) -> None:
+    """Where the losses go to Triton, too; the C++ library has nothing for clips."""
+    has(monkeypatch, **installed)
+    clips = Shaped(1, 1, 4, 4, 3, device=device, dtype=torch.uint8)
+    assert selection.select_for_clips("auto", clips) == expected
+    assert selection.select_for_clips("torch", clips) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "message"),
+    [
+        ("cuda", {}, "Triton is not installed; pip install triton"),
+        ("cpu", {"triton": True}, "the tensors are on cpu; use 'auto'"),
+    ],
+)
+def test_refusals_of_clips(
+    monkeypatch: pytest.MonkeyPatch, device: str, installed: dict[str, bool], message: str
+) -> None:
+    """The same as of embeddings."""
+    has(monkeypatch, **installed)
+    clips = Shaped(1, 1, 4, 4, 3, device=device, dtype=torch.uint8)
+    message = f"backend is 'triton' but {message}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        selection.select_for_clips("triton", clips)
+
+
 def test_refusals_reach_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public function, which otherwise falls back to plain PyTorch."""
     has(monkeypatch)
     x = torch.ones(4, 3)
-    for backend in ("cpu", "triton"):
+    for backend in ("cpu", "triton", "cuda"):
         with pytest.raises(ValueError, match=f"^backend is '{backend}' but "):
             fused_info_nce(x, x, backend=backend)
     plain = fused_info_nce(x, x, backend="torch")
@@ -197,7 +292,9 @@ def forget_triton() -> Iterator[None]:
 def test_what_is_installed_is_looked_for(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
     """The library is asked itself, Triton's presence the import system, without importing it."""
     monkeypatch.setattr(cpu, "is_available", lambda: found)
+    monkeypatch.setattr(cuda, "is_available", lambda: found)
     assert selection._has_library() is found
+    assert selection._has_cuda_library() is found
     asked = []
 
     def find_spec(name: str) -> object:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hdc_kernels.checks import FLOATING, Backend, Reduction
 from hdc_kernels.siglip import SigLIP, fused_siglip
 
-BACKENDS = [b for b in get_args(Backend) if b != "triton"]
+BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
 

@@ -14,7 +14,7 @@ from hdc_kernels.checks import FLOATING, Backend, Reduction
 from hdc_kernels.info_nce import fused_info_nce
 from hdc_kernels.sup_con import Definition, SupCon, fused_sup_con
 
-BACKENDS = [b for b in get_args(Backend) if b != "triton"]
+BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]
 DEFINITIONS = get_args(Definition)
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)

@@ -89,6 +89,14 @@ def test_same_generator_same_views() -> None:
     assert not torch.equal(view(clips, EVERYTHING, seed=3), view(clips, EVERYTHING, seed=4))
 
 
+def test_autocast_rounds_the_views_and_nothing_else() -> None:
+    """Training in bf16 draws the same, and computes it as well."""
+    clips = random_clips()
+    full = view(clips, EVERYTHING)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(view(clips, EVERYTHING), full.bfloat16())
+
+
 def test_random_crop_copies_pixels() -> None:
     """Without scale jitter nothing is interpolated, and every place can be drawn, the borders too."""
     y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")

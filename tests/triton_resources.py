@@ -1,11 +1,12 @@
 """Compiles the Triton kernels ahead of time and prints what they need: one JSON object a kernel.
 
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
+                                                     or target:dtype:augment:batch×frames
 
 "what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus.
 
-No GPU takes part. The launches that `step` makes are recorded, not run, and compiled with the same
-arguments' types for several targets; registers, stack and instructions are read from the binaries.
+No GPU takes part. The launches that `step` or `augment_clips` makes are recorded, not run, and compiled with the
+same arguments' types for several targets; registers, stack and instructions are read from the binaries.
 TRITON_INTERPRET must not be set.
 """
 
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hdc_kernels import augment_triton
 from hdc_kernels.backends import Function, Mask, Problems, outputs
-from hdc_kernels.backends.triton import general, small
+from hdc_kernels.backends.triton import general, small, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,6 +42,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 
@@ -53,20 +57,39 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def record(problems: Problems, module: Any) -> list[Any]:
-    """The launches of one step."""
+def record(module: Any, call: Callable[[], Any]) -> list[Any]:
+    """The launches of the module's kernels that a call makes."""
     launches: list[Any] = []
     for name, value in list(vars(module).items()):
         if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
             setattr(module, name, Recorder(value, launches))
-    rows = outputs.empty_rows(problems)
-    dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
-    d_bias = () if module is small else (problems.bias,)
-    module.contrast(problems, rows, None, dx, dy, *d_bias)
+    call()
     for name, value in list(vars(module).items()):
         if isinstance(value, Recorder):
             setattr(module, name, value.kernel)
     return launches
+
+
+def step(target: str, dtype: str, precision: str, rows: str, dimensions: str, what: str) -> list:
+    """The launches of one step."""
+    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+    problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
+    module = small if small.fits(problems, CAPABILITIES[target]) else general
+    empty = outputs.empty_rows(problems)
+    dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
+    d_bias = () if module is small else (problems.bias,)
+    return record(module, lambda: module.contrast(problems, empty, None, dx, dy, *d_bias))
+
+
+def augment(dtype: str, shape: str) -> list[Any]:
+    """The launches of `augment_clips`."""
+    batch, frames = map(int, shape.split("×"))
+    clips = torch.empty(batch, frames, 128, 128, 3, dtype=torch.uint8)
+    parameters = torch.zeros(batch, 4), torch.zeros(batch, 3, 3), torch.ones(batch)
+    return record(
+        augment_triton,
+        lambda: augment_triton.augment(clips, *parameters, 112, getattr(torch, dtype)),
+    )
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict]:
@@ -105,11 +128,12 @@ def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
-    """Shared memory, registers, spills and tensor-core instructions of a compiled kernel."""
+    """Shared memory, registers, memory of a thread's own, spills and matrix instructions of a compiled kernel."""
     found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        found["private"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         found["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         found["tensor"] = len(re.findall(r"\bv_mfma", text))
         return found
@@ -119,8 +143,8 @@ def resources(compiled: Any, target: str) -> dict[str, Any]:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-    found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-    found["local"] = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    stack, local = (int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
+    found["private"] = stack + local
     found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
     found["tensor"] = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))
     found["wgmma"] = len(re.findall(r"\bHGMMA\b", code))
@@ -158,11 +182,10 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
 
 def main() -> None:
     for case in sys.argv[1:]:
-        target, dtype, precision, rows, dimensions, what = case.split(":")
-        torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-        problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
-        module = small if small.fits(problems, CAPABILITIES[target]) else general
-        for kernel, args, options in record(problems, module):
+        target, dtype, *rest = case.split(":")
+        tiles.AMD = target.startswith("gfx")
+        launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(target, dtype, *rest)
+        for kernel, args, options in launches:
             compiled_source, flags = source(kernel, args, options)
             compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)
             found = {"case": case, "kernel": kernel.__name__, **resources(compiled, target)}

@@ -1,7 +1,7 @@
 // The plain C interface of the CUDA kernels: pointers, sizes, strides and a stream. No torch, no Python.
 //
-// What is computed is defined in hdc_kernels/backends/__init__.py; how, in packed.h. Nothing here allocates,
-// synchronises or reads device memory on the host, so a CUDA graph may capture every call.
+// What is computed is defined in hdc_kernels/backends/__init__.py; how, in packed.h; contrast.cu is where to begin.
+// Nothing here allocates, synchronises or reads device memory on the host, so a CUDA graph may capture every call.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ struct HdcCudaCall {  // T = Σ groups·rows
 // How many bytes of device memory the call needs beside its arguments; its pointers to data are not read.
 int64_t hdc_cuda_workspace(const HdcCudaCall* call, const HdcCudaProblem* problems);
 
-// Launches; 0, or the cudaError_t that kept it from doing so.
+// Launches; 0, or the cudaError_t that kept it from doing so. Leaves `device` the current one of its thread.
 int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems);
 
 // What an error means.

@@ -13,9 +13,11 @@
 //
 // Decided on paper: 64 columns at D = 256, where 128 would need 224 registers before any address.
 //
-// Not done: no GPU and no emulation has run this, and nothing calls it. Today's ptxas serialises its products (C7513:
-// coefficients are written while a product is under way), so the overlap above is not in the object yet. Holding the
-// coefficients ahead of the first product, instead of in the second, did not change that.
+// For ptxas to let products overlap (or it says C7513 and makes them wait for each other), no register that goes into
+// one may be written while another is under way: so the loop has no first round of its own, and coefficients are
+// rounded from cosines that are held until the product before is done.
+//
+// No GPU has run this yet.
 #include "hopper_tiles.cuh"
 #include "warp.cuh"
 
@@ -53,7 +55,7 @@ template <int WIDTH>
 struct Work {
     int blocks, tiles, splits, items;  // counts of blocks and tiles, which fit; addresses have 64 bits
 
-    __device__ explicit Work(const GradientPass& pass)
+    explicit Work(const GradientPass& pass)
         : blocks(static_cast<int>((pass.own.count + ROWS - 1) / ROWS)),
           tiles(static_cast<int>((pass.other.count + COLUMNS<WIDTH> - 1) / COLUMNS<WIDTH>)),
           splits(static_cast<int>(pass.splits)),
@@ -104,7 +106,8 @@ struct Consumer {
 
     Shared<WIDTH>& shared;
     const GradientPass& pass;
-    const float k, gain, unit;
+    const Work<WIDTH>& work;
+    const float k, scale;  // of shares before they are rounded: gain/unit
     const int consumer, thread;
     Ring<STAGES> ring{};
     float cosine[N / 2], total[PARTS][WIDE / 2];
@@ -129,8 +132,7 @@ struct Consumer {
     }
 
     // The coefficients times the tile in `stage`, added to the total; not waited for.
-    __device__ void second_product(int stage, bool accumulate) {
-        hold(coefficients);
+    __device__ void second_product(int stage) {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < N / STEP; ++step) {
@@ -139,7 +141,7 @@ struct Consumer {
                 const uint32_t rows =
                     shared_address(shared.stages[stage].units[part * WIDE / CHUNK]) + step * STEP * ROW_BYTES;
                 multiply_registers<TYPE, WIDE>(total[part], coefficients[step], descriptor(rows, N * ROW_BYTES),
-                                               accumulate || step > 0);
+                                               true);
             }
         }
         wgmma_commit();
@@ -165,7 +167,7 @@ struct Consumer {
                 float shift = 0.0f, share = 0.0f;
                 if constexpr (OTHER) {
                     shift = shared.shift[stage][column];
-                    share = shared.share[stage][column] * (gain / unit);
+                    share = shared.share[stage][column] * scale;
                 }
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -197,7 +199,8 @@ struct Consumer {
         for (int part = 0; part < PARTS; ++part) hold(total[part]);
     }
 
-    __device__ void run(const Item& item, Turns& turns, uint32_t own_parity) {
+    __device__ void run(int index, Turns& turns, uint32_t own_parity) {
+        const Item item = work.item(index);
         const int row0 = item.block * ROWS + consumer * CONSUMER_ROWS;
         const int64_t own0 = item.group * pass.own.padded + row0 + fragment_row(thread);
         float row_shift[2] = {}, row_share[2] = {};
@@ -205,51 +208,63 @@ struct Consumer {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 row_shift[h] = pass.own_term.shift[own0 + h * 8];
-                row_share[h] = OTHER ? pass.own_term.share[own0 + h * 8] * (gain / unit) : gain;
+                row_share[h] = OTHER ? pass.own_term.share[own0 + h * 8] * scale : GAIN<TYPE>;
             }
         }
         barrier_wait(&shared.own_full, own_parity);
-        hold_total();
-        int before = 0;
-        for (int tile = item.first; tile < item.last; ++tile) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+            for (int i = 0; i < WIDE / 2; ++i) total[part][i] = 0.0f;
+        }
+        turns.wait();
+        first_product();
+        turns.pass();
+        wgmma_wait<0>();
+        hold(cosine);
+        weigh(ring.stage, row0, item.first * N, row_shift, row_share);
+        narrow();
+        int before = ring.stage;
+        ring.advance();
+        for (int tile = item.first + 1; tile < item.last; ++tile) {
             const int stage = ring.stage;
+            hold(coefficients);
             turns.wait();
             first_product();
-            if (tile > item.first) {
-                second_product(before, tile - 1 > item.first);
-                turns.pass();
-                wgmma_wait<1>();
-            } else {
-                turns.pass();
-                wgmma_wait<0>();
-            }
+            second_product(before);
+            turns.pass();
+            wgmma_wait<1>();
             hold(cosine);
             weigh(stage, row0, tile * N, row_shift, row_share);
-            if (tile > item.first) {
-                wgmma_wait<0>();
-                hold(coefficients);
-                release(&shared.empty[before]);
-            }
+            wgmma_wait<0>();
+            hold(coefficients);
+            hold(cosine);
+            release(&shared.empty[before]);
             narrow();
             before = stage;
             ring.advance();
         }
         release(&shared.own_empty);
+        hold(coefficients);
         turns.wait();
-        second_product(before, item.last - item.first > 1);
+        second_product(before);
         turns.pass();
         wgmma_wait<0>();
         hold(coefficients);
         hold_total();
         release(&shared.empty[before]);
-        store(item, row0, own0);
+        store(index);
     }
 
-    __device__ void store(const Item& item, int row0, int64_t own0) {
+    __device__ void store(int index) {
+        hide(index);  // the item is found again rather than kept: D = 256 takes all registers there are
+        const Item item = work.item(index);
+        const int row0 = item.block * ROWS + consumer * CONSUMER_ROWS;
+        const int64_t own0 = item.group * pass.own.padded + row0 + fragment_row(thread);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             if (row0 + fragment_row(thread) + h * 8 >= pass.own.count) continue;
-            const float factor = OTHER ? unit / gain : pass.own_term.share[own0 + h * 8] / gain;
+            const float factor = OTHER ? 1.0f / scale : pass.own_term.share[own0 + h * 8] / GAIN<TYPE>;
             const int64_t row = item.split * pass.groups * pass.own.padded + own0 + h * 8;
             float* to = pass.gradient + row * WIDTH + fragment_column(thread);
 #pragma unroll
@@ -268,9 +283,8 @@ struct Consumer {
 template <Type TYPE, int WIDTH, bool OWN, bool OTHER>
 __global__ void __launch_bounds__(THREADS, 1)
     gradient_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
-                    const __grid_constant__ GradientPass pass) {
+                    const __grid_constant__ GradientPass pass, const __grid_constant__ Work<WIDTH> work) {
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    const Work<WIDTH> work(pass);
     create_barriers(shared, &own, &other);
     if (threadIdx.x < WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
@@ -283,12 +297,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         Ring<STAGES> ring;
         uint32_t own_parity = 0;
         for (int index = blockIdx.x; index < work.items; index += gridDim.x) {
-            const Item item = work.item(index);
-            const float unit = fmaxf(pass.largest[item.group], 1e-30f);
-            Consumer<TYPE, WIDTH, OWN, OTHER> work_of{shared,   pass, k, GAIN<TYPE>, unit, consumer,
-                                                      thread, ring};
-            work_of.run(item, turns, own_parity);
-            ring = work_of.ring;
+            const float unit = fmaxf(pass.largest[work.item(index).group], 1e-30f);
+            Consumer<TYPE, WIDTH, OWN, OTHER> item_of{shared, pass, work, k, GAIN<TYPE> / unit, consumer, thread, ring};
+            item_of.run(index, turns, own_parity);
+            ring = item_of.ring;
             own_parity ^= 1;
         }
         turns.end();
@@ -300,8 +312,7 @@ cudaError_t with_terms(const GradientPass& pass, cudaStream_t stream) {
     const auto kernel = !pass.other_term.share ? gradient_kernel<TYPE, WIDTH, true, false>
                         : !pass.own_term.share ? gradient_kernel<TYPE, WIDTH, false, true>
                                                : gradient_kernel<TYPE, WIDTH, true, true>;
-    const int64_t items = pass.groups * pass.splits * ((pass.own.count + ROWS - 1) / ROWS);
-    return launch<Shared<WIDTH>>(kernel, pass, items, ROWS, COLUMNS<WIDTH>, stream);
+    return launch<Shared<WIDTH>>(kernel, pass, Work<WIDTH>(pass), ROWS, COLUMNS<WIDTH>, stream);
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct Item {
 struct Work {
     int blocks, parts, tiles, splits, items;  // counts of blocks and tiles, which fit; addresses have 64 bits
 
-    __device__ explicit Work(const LogsumexpPass& pass)
+    explicit Work(const LogsumexpPass& pass)
         : blocks(static_cast<int>(pass.own.padded / ROWS)),
           parts(pass.column_parts ? static_cast<int>(pass.column_parts / 2) : blocks),
           tiles(static_cast<int>((pass.other.count + COLUMNS - 1) / COLUMNS)),
@@ -249,13 +249,12 @@ __device__ void consume(Shared<WIDTH>& shared, const LogsumexpPass& pass, const 
 template <Type TYPE, int WIDTH, bool DOWN>
 __global__ void __launch_bounds__(THREADS, 1)
     logsumexp_kernel(const __grid_constant__ CUtensorMap own, const __grid_constant__ CUtensorMap other,
-                     const __grid_constant__ LogsumexpPass pass) {
+                     const __grid_constant__ LogsumexpPass pass, const __grid_constant__ Work work) {
     const int64_t longest = pass.own.count > pass.other.count ? pass.own.count : pass.other.count;
     const float shift = fixed_shift(pass.temperature, pass.bounded, longest);
     const bool running = shift != shift;
     if (pass.only_running && !running) return;
     Shared<WIDTH>& shared = *reinterpret_cast<Shared<WIDTH>*>(shared_memory());
-    const Work work(pass);
     create_barriers(shared, &own, &other);
     if (threadIdx.x < WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
@@ -272,9 +271,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <Type TYPE, int WIDTH>
 cudaError_t with_columns(const LogsumexpPass& pass, cudaStream_t stream) {
-    const int64_t parts = pass.column_parts ? pass.column_parts / 2 : pass.own.padded / ROWS;
     const auto kernel = pass.column_total ? logsumexp_kernel<TYPE, WIDTH, true> : logsumexp_kernel<TYPE, WIDTH, false>;
-    return launch<Shared<WIDTH>>(kernel, pass, pass.groups * pass.splits * parts, ROWS, COLUMNS, stream);
+    return launch<Shared<WIDTH>>(kernel, pass, Work(pass), ROWS, COLUMNS, stream);
 }
 
 }  // namespace

@@ -157,6 +157,9 @@ __device__ inline void hold(uint32_t (&registers)[COUNT][4]) {
     }
 }
 
+// Keeps the compiler from knowing what a number is.
+__device__ inline void hide(int& number) { asm volatile("" : "+r"(number)); }
+
 #define HDC_32_REGISTERS                                                               \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

@@ -110,10 +110,11 @@ inline cudaError_t make_map(CUtensorMap* map, const Pass& pass, const Side& side
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Launches a block for each of `items`, but no more than there are processors. Boxes have `own_rows` and `other_rows`.
-template <typename Shared, typename Some>
-cudaError_t launch(void (*kernel)(CUtensorMap, CUtensorMap, Some), const Some& pass, int64_t items, int own_rows,
-                   int other_rows, cudaStream_t stream) {
+// Launches a block for each item of work, but no more than there are processors. Boxes have `own_rows` and
+// `other_rows`. What kernels ask of `work` they find in constant memory, not in registers.
+template <typename Shared, typename Some, typename Work>
+cudaError_t launch(void (*kernel)(CUtensorMap, CUtensorMap, Some, Work), const Some& pass, const Work& work,
+                   int own_rows, int other_rows, cudaStream_t stream) {
     static_assert(sizeof(Shared) <= MAX_SHARED, "more shared memory than a block may have");
     CUtensorMap own, other;
     cudaError_t error = make_map(&own, pass, pass.own, own_rows);
@@ -125,11 +126,11 @@ cudaError_t launch(void (*kernel)(CUtensorMap, CUtensorMap, Some), const Some& p
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(items < processors ? items : processors));
+    config.gridDim = dim3(static_cast<unsigned>(work.items < processors ? work.items : processors));
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = BYTES;
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, own, other, pass);
+    return cudaLaunchKernelEx(&config, kernel, own, other, pass, work);
 }
 
 template <Type TYPE_, int WIDTH_>

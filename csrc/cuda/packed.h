@@ -124,6 +124,30 @@ struct Plan {
 Plan portable_logsumexp_plan(const LogsumexpPass& pass, bool columns, int processors);
 cudaError_t portable_logsumexp(const LogsumexpPass& pass, cudaStream_t stream);
 
+// Σ exp of the rows, or columns, as a `LogsumexpPass` leaves them.
+struct Exponentials {
+    const float *highest, *total;  // [splits, groups, padded]
+    int64_t splits;
+};
+
+// From these to logsumexps and terms; see HdcCudaCall.
+struct Terms {
+    HdcCudaProblem problem;  // its sizes and weight are read
+    Temperature temperature;
+    bool bounded;
+    Exponentials of_rows, of_columns;  // the latter of 0 splits if a term has no part of its column's
+    const float* column_total;         // of the rows' pass, or null
+    int64_t column_parts;
+    const float *positive, *diagonal_cosine;  // as `pack` and the rows' pass left them; null but for "info_nce"
+    float* terms;                             // these four [groups, rows]
+    uint8_t* hits;
+    double *lse, *column_lse;
+    float* total;  // [terms_parts]: what adds up to Σ weight·term
+};
+
+int64_t terms_parts(const HdcCudaProblem& problem);
+cudaError_t terms(const Terms& terms, cudaStream_t stream);
+
 // --- Backward -----------------------------------------------------------------------------------------------------
 
 // The term of a row i of a side: coefficient share_i · exp2(cosine_ij·k − shift_i) for every j that counts.
@@ -131,6 +155,20 @@ struct Term {
     const float* share;  // [groups, padded]; null if the side has no term. 0 in padding
     const float* shift;  // [groups, padded]; +∞ in padding and where nothing counts: exponentials are then 0
 };
+
+// What upstream gradients make of logsumexps. The shares of "info_nce" are its positives' weights as well.
+struct Weights {
+    int64_t groups, rows;
+    const float* upstream;                // [groups, rows], or null: then `weight` is that of every row
+    double weight;
+    const float* positive;                // as `pack` left it; null but for "info_nce"
+    const double *lse, *column_lse;       // [groups, rows]; the latter null if columns have no terms
+    float *share, *shift;                 // [groups, padded_rows(rows)]: the rows' `Term`
+    float *column_share, *column_shift;   // the columns', which are as many
+    float* largest;                       // [groups], see `GradientPass`
+};
+
+cudaError_t weights(const Weights& weights, cudaStream_t stream);
 
 // gradient_i = Σ_j (own.share_i·exp2(cosine_ij·k − own.shift_i) + other.share_j·exp2(cosine_ij·k − other.shift_j))
 // · other_j for every own vector i, over every j that counts; without 1/τ, which `unpack` brings. At least one of

@@ -29,11 +29,16 @@ __device__ float load_unit(
     bool normalize
 ) {
     const int lane = threadIdx.x % 32;
+    if (row >= count) {
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) unit[e] = 0.0f;
+        return 0.0f;
+    }
     const auto* from = static_cast<const Element*>(matrix.data) + group * matrix.group_stride + row * matrix.row_stride;
     float largest = 0.0f;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-        unit[e] = row < count && lane + 32 * e < width ? widen(from[lane + 32 * e]) : 0.0f;
+        unit[e] = lane + 32 * e < width ? widen(from[lane + 32 * e]) : 0.0f;
         largest = fmaxf(largest, fabsf(unit[e]));
     }
     if (!normalize) return 1.0f;

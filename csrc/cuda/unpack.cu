@@ -10,6 +10,7 @@
 // A warp takes row i of x and row i of y. No product; reads 2·N·D elements and 8·N·D bytes a split, writes 2·N·D
 // elements. No GPU has run this yet.
 
+#include "launch.cuh"
 #include "unit.cuh"
 
 namespace hdc::cuda {
@@ -87,15 +88,14 @@ __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const Unpacking unpa
 }
 
 template <typename Element, typename Gradient>
-cudaError_t launch(const Unpacking& unpacking, cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>(unpack_parts(unpacking.problem));
+cudaError_t of_width(const Unpacking& unpacking, cudaStream_t stream) {
+    const int64_t blocks = unpack_parts(unpacking.problem);
     switch (padded_width(unpacking.problem.width)) {
-        case 64: unpack_kernel<Element, Gradient, 2><<<blocks, 32 * WARPS, 0, stream>>>(unpacking); break;
-        case 128: unpack_kernel<Element, Gradient, 4><<<blocks, 32 * WARPS, 0, stream>>>(unpacking); break;
-        case 256: unpack_kernel<Element, Gradient, 8><<<blocks, 32 * WARPS, 0, stream>>>(unpacking); break;
-        default: unpack_kernel<Element, Gradient, 16><<<blocks, 32 * WARPS, 0, stream>>>(unpacking);
+        case 64: return launch(unpack_kernel<Element, Gradient, 2>, blocks, 32 * WARPS, unpacking, stream);
+        case 128: return launch(unpack_kernel<Element, Gradient, 4>, blocks, 32 * WARPS, unpacking, stream);
+        case 256: return launch(unpack_kernel<Element, Gradient, 8>, blocks, 32 * WARPS, unpacking, stream);
+        default: return launch(unpack_kernel<Element, Gradient, 16>, blocks, 32 * WARPS, unpacking, stream);
     }
-    return cudaGetLastError();
 }
 
 }  // namespace
@@ -107,11 +107,11 @@ int64_t unpack_parts(const HdcCudaProblem& problem) {
 cudaError_t unpack(const Unpacking& unpacking, Type type, bool wide, cudaStream_t stream) {
     switch (type) {
         case Type::fp32:
-        case Type::tf32: return launch<float, float>(unpacking, stream);
+        case Type::tf32: return of_width<float, float>(unpacking, stream);
         case Type::bf16:
-            return wide ? launch<__nv_bfloat16, float>(unpacking, stream)
-                        : launch<__nv_bfloat16, __nv_bfloat16>(unpacking, stream);
-        default: return wide ? launch<__half, float>(unpacking, stream) : launch<__half, __half>(unpacking, stream);
+            return wide ? of_width<__nv_bfloat16, float>(unpacking, stream)
+                        : of_width<__nv_bfloat16, __nv_bfloat16>(unpacking, stream);
+        default: return wide ? of_width<__half, float>(unpacking, stream) : of_width<__half, __half>(unpacking, stream);
     }
 }
 

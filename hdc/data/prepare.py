@@ -12,7 +12,6 @@ written in one go: lines are appended, and a last line that was cut off does not
 import dataclasses
 import fcntl
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,10 +27,11 @@ from hdc import atomic
 from hdc.data.hmdb51 import list_hmdb51
 from hdc.data.kinetics400 import list_kinetics400
 from hdc.data.listing import Listed, label_columns
-from hdc.data.manifest import OF_THE_FILE, Manifest, csv_text, read_manifest
+from hdc.data.manifest import MANIFEST, OF_THE_FILE, Manifest, csv_text, read_manifest
 from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.data.workers import Job, Outcome, hash_file, run_jobs
+from hdc.device import cores
 from hdc.errors import InputError
 
 DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
@@ -40,7 +40,7 @@ DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
     "hmdb51": list_hmdb51,
     "folder": list_video_folder,
 }
-MANIFEST, BAD_FILES, LOG = "manifest.csv", "bad_files.csv", "prepare.jsonl"
+BAD_FILES, LOG = "bad_files.csv", "prepare.jsonl"
 MISSING = "is missing"
 SECONDS_TO_WAIT = 10.0  # for the workers of a run that was killed: they notice at their next frame
 
@@ -144,7 +144,7 @@ def check(target: Path, progress: Progress = lambda done, total, bad: None) -> l
             return f"unreadable {path}: {error.strerror}"
 
     differences = []
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for done, difference in enumerate(pool.map(compare, expected), start=1):
             if difference:
                 differences.append(difference)
@@ -206,7 +206,7 @@ def _decode_all(
             job = Job(str(file), written and str(target / written), config.short_side)
             waiting[job] = (video.path, stamp)
     bad = sum(bool(outcome.reason) for outcome in outcomes.values())
-    workers = config.workers or _cores()
+    workers = config.workers or cores()
     with closing(run_jobs(list(waiting), workers, log.descriptor)) as finished:
         for job, outcome in finished:
             path, stamp = waiting[job]
@@ -215,11 +215,6 @@ def _decode_all(
             bad += bool(outcome.reason)
             progress(len(outcomes), len(videos), bad)
     return outcomes, bool(waiting)
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _target_paths(videos: list[Listed]) -> dict[str, str]:

@@ -73,13 +73,10 @@ def _whole(x: Tensor, y: Tensor, bias: Tensor | None, problems: Problems) -> tup
     logits = _logits(x, y, 0, problems)
     if problems.function == "info_nce":
         return reference.info_nce(logits, symmetric=problems.symmetric), reference.top1(logits)
-    no_hits = x.new_zeros(x.shape[:2], dtype=torch.bool)
-    if problems.function == "softplus":
-        return _softplus(logits, bias), no_hits
-    if problems.function == "tilted":
-        return _tilted(logits, problems.beta), no_hits
-    lse = _logsumexp(logits, -1)
-    return (lse + _logsumexp(logits, -2)) / 2 if problems.symmetric else lse, no_hits
+    loss = _of_rows(logits, bias, problems)
+    if problems.symmetric:
+        loss = (loss + _logsumexp(logits, -2)) / 2
+    return loss, torch.zeros_like(loss, dtype=torch.bool)
 
 
 def _in_chunks(
@@ -113,14 +110,18 @@ def _chunk(
         positive = logits.diagonal(offset=first, dim1=-2, dim2=-1)
         hits = reference.top1(logits, first)
         return logits.logsumexp(-1), positive, hits, _logsumexp(logits, -2)
-    nothing = logits.new_zeros(x.shape[:2])
-    if problems.function == "softplus":
-        loss = _softplus(logits, bias)
-    elif problems.function == "tilted":
-        loss = _tilted(logits, problems.beta)
-    else:
-        loss = _logsumexp(logits, -1)
+    loss = _of_rows(logits, bias, problems)
+    nothing = torch.zeros_like(loss)
     return loss, nothing, nothing.bool(), _logsumexp(logits, -2)
+
+
+def _of_rows(logits: Tensor, bias: Tensor | None, problems: Problems) -> Tensor:
+    """The terms of all functions that know no positives, [G, rows]; the columns' share apart."""
+    if problems.function == "softplus":
+        return _softplus(logits, bias)
+    if problems.function == "tilted":
+        return _tilted(logits, problems.beta)
+    return _logsumexp(logits, -1)
 
 
 def _logits(x: Tensor, y: Tensor, first: int, problems: Problems) -> Tensor:

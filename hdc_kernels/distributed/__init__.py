@@ -22,7 +22,8 @@ Checked with gloo, in 2 to 4 processes. NCCL between several GPUs is not.
     rows.py           whose rows are where; totals; `share`, which a loss calls, gathers keys or lets them travel
     collectives.py    what all ranks do together
     gather.py         everybody gets all keys
-    ring.py           keys travel from rank to rank: the sums of `pairwise`, block by block
+    ring.py           keys travel: the sums of `pairwise`, eager, or compiled by operators.py
+    trip.py           from rank to rank, there and back, block by block
     contrast.py       InfoNCE, one way or the other
 """
 

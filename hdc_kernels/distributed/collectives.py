@@ -87,6 +87,12 @@ def first_derivative_only(backward: Backward) -> Backward:
     return wrapped
 
 
+SECOND_DERIVATIVE = (
+    "a second derivative of a loss with a process_group: only first ones are exchanged between ranks; "
+    "take it in one process, with process_group=None"
+)
+
+
 class Refused(torch.autograd.Function):
     """(gradient, what it depends on) -> the gradient, which has no derivative."""
 
@@ -96,10 +102,7 @@ class Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "a second derivative of a loss with a process_group: only first ones are exchanged between ranks; "
-            "take it in one process, with process_group=None"
-        )
+        raise RuntimeError(SECOND_DERIVATIVE)
 
 
 def _wait(

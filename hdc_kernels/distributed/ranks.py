@@ -27,8 +27,9 @@ class Ranks:
             subgroup that this process belongs to.
         strategy: "gather" copies all keys to every rank, O(B·D) memory each for a global batch of B. "ring" sends
             them from rank to rank, computing with one block while the next one travels: O(B/W·D) memory, and B
-            integers where there are ids or labels. Not under `torch.compile`, which leaves its graph for the ring.
-            "auto" is the ring where the gathered keys would take more than `GATHER_BYTES`, but for `torch.compile`.
+            integers where there are ids or labels. "auto" is the ring where the gathered keys would take more than
+            `GATHER_BYTES`. Both keep the one graph of `torch.compile` with `even_batches`; the ring only with a
+            backend that has kernels.
         even_batches: a promise that all ranks have equally many rows, which is not checked. It saves the exchange
             of sizes, for which the host waits, and lets `torch.compile` make one graph.
         wire_dtype: send keys rounded to this dtype, `torch.bfloat16` for example. A rank's own keys stay as
@@ -61,7 +62,7 @@ class Ranks:
         """Whether keys travel, of which so many bytes would be gathered."""
         if self.strategy != "auto":
             return self.strategy == "ring"
-        return gathered > GATHER_BYTES and not torch.compiler.is_compiling()
+        return gathered > GATHER_BYTES
 
 
 ProcessGroups = Union["ProcessGroup", Ranks]

@@ -100,7 +100,7 @@ class Rows(NamedTuple):
 
 
 class Travelling(NamedTuple):
-    """The rows of all ranks, of which each keeps its `own`: they are sent around (`ring.py`)."""
+    """The rows of all ranks, of which each keeps its `own`: they are sent around (`trip.py`)."""
 
     own: Tensor
     rows: Rows

@@ -9,11 +9,13 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -25,8 +27,13 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaSuccess = 0;
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
+enum { cudaSuccess, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+};
 
 struct dim3 {
     unsigned x, y = 1, z = 1;
@@ -69,6 +76,7 @@ struct Block {
 };
 
 inline Block block;
+inline int processors = 132;  // of the one device, an 8.0
 inline dim3 grid{1}, threads{1}, block_index{0}, thread_index{0};
 inline std::vector<uint32_t> dynamic;
 
@@ -152,12 +160,11 @@ struct Together {
 
 }  // namespace emulated
 
-#define threadIdx emulated::thread_index
-#define blockIdx emulated::block_index
-#define gridDim emulated::grid
+inline dim3 &threadIdx = emulated::thread_index, &blockIdx = emulated::block_index, &gridDim = emulated::grid;
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, int(emulated::threads.x)); }
 inline void __threadfence() {}
+inline unsigned atomicMax(unsigned* to, unsigned value) { return std::exchange(*to, std::max(*to, value)); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
 template <typename T>
 T __ldcg(const T* from) { return *from; }
@@ -188,9 +195,20 @@ T __shfl_down_sync(unsigned, T value, int distance) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-    *value = 132;
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device != 0) return cudaErrorInvalidDevice;
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? emulated::processors
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+                                                              : 0;
     return 0;
+}
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "no error";
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     std::memset(to, value, bytes);

@@ -2,7 +2,7 @@
 
 There is no autotuning: it would time kernels in the middle of training, and two runs could differ. None
 of these choices has been timed. They are large ones that spill no registers and stay within the shared
-memory of an A100 (163 KB); `tests/test_triton_compile.py` holds them to that.
+memory of an A100 (163 KB), or of AMD's CDNA 3 (64 KB); `tests/test_triton_compile.py` holds them to that.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+AMD = torch.version.hip is not None
 ALL_AT_ONCE = 256  # dimensions that a block keeps on the chip; beyond, it reads them in chunks
 
 
@@ -38,6 +39,8 @@ def forward_tiles(depth: int, dtype: torch.dtype, ids: bool) -> Tiles:
     """
     if dtype == torch.float32:
         return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2)
+    if AMD:
+        return Tiles(min(depth, 64), own=128, other=64, warps=8, stages=2)
     if depth <= 128:
         return Tiles(depth, own=128, other=32 if ids else 128, warps=8, stages=3)
     if depth <= ALL_AT_ONCE:
@@ -50,6 +53,8 @@ def gradient_tiles(depth: int, dtype: torch.dtype, ids: bool) -> Tiles:
     width = min(depth, ALL_AT_ONCE)
     if dtype == torch.float32:
         return Tiles(min(depth, 32), own=64, other=32, warps=8, stages=2, width=width)
+    if AMD:
+        return Tiles(min(depth, 64), own=64, other=32, warps=8, stages=2, width=width)
     if depth <= 128:
         return Tiles(depth, own=128, other=32 if ids else 64, warps=8, stages=3, width=width)
     if depth <= ALL_AT_ONCE:
