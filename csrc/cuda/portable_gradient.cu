@@ -298,7 +298,8 @@ template <Type TYPE, int WIDTH>
 cudaError_t launch_tile(const GradientPass& pass, Tile<TYPE, WIDTH> tile, cudaStream_t stream) {
     constexpr int SHARED_BYTES = sizeof(Shared<TYPE, WIDTH>);
     static_assert(SHARED_BYTES <= 99 * 1024, "more shared memory than a block of sm_86 may have");
-    return launch(gradient_kernel<TYPE, WIDTH>, pass, row_blocks(pass, tile), pass.splits, SHARED_BYTES, stream);
+    return launch(gradient_kernel<TYPE, WIDTH>, row_blocks(pass, tile), THREADS, pass, stream, pass.splits,
+                  SHARED_BYTES);
 }
 
 }  // namespace

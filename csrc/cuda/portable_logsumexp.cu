@@ -287,7 +287,7 @@ template <Type TYPE>
 cudaError_t with_columns(const LogsumexpPass& pass, cudaStream_t stream) {
     const int64_t parts = pass.column_parts ? pass.column_parts : tiles_of(pass.own.count);
     const auto kernel = pass.column_total ? logsumexp_kernel<TYPE, true> : logsumexp_kernel<TYPE, false>;
-    return launch(kernel, pass, pass.groups * parts, pass.splits, sizeof(Shared), stream);
+    return launch(kernel, pass.groups * parts, THREADS, pass, stream, pass.splits, sizeof(Shared));
 }
 
 }  // namespace

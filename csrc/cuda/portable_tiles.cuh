@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "fragments.cuh"
+#include "launch.cuh"
 #include "packed.h"
 #include "splits.h"
 
@@ -144,19 +145,6 @@ __device__ inline void mask(float (&c)[COUNT][4], const Pass& pass, int group, i
 #pragma unroll
         for (int e = 0; e < 4; ++e) c[n][e] = in >> (n * 4 + e) & 1 ? c[n][e] : -INFINITY;
     }
-}
-
-// --- Host ---------------------------------------------------------------------------------------------------------
-
-template <typename Some>
-cudaError_t launch(void (*kernel)(Some), const Some& pass, int64_t blocks, int64_t splits, int shared,
-                   cudaStream_t stream) {
-    if (blocks == 0) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-    void* arguments[] = {const_cast<Some*>(&pass)};
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
-    return cudaLaunchKernel(kernel, grid, dim3(THREADS), arguments, static_cast<size_t>(shared), stream);
 }
 
 }  // namespace hdc::cuda::portable
