@@ -247,7 +247,6 @@ __device__ void sum_exponentials(Shared& shared, const LogsumexpPass& pass, floa
                 add(top[r], total[r], other_top, __shfl_xor_sync(0xffffffff, total[r], other));
             }
         }
-        __syncthreads();  // all have read what the row block before left here
         if (warp_column && lane % 4 == 0) {
 #pragma unroll
             for (int r = 0; r < LANE_ROWS; ++r) {
@@ -255,7 +254,7 @@ __device__ void sum_exponentials(Shared& shared, const LogsumexpPass& pass, floa
                 shared.total[lane_row + r * 8] = total[r];
             }
         }
-        __syncthreads();
+        __syncthreads();  // whoever writes them again has passed the next chunk's
         if (!warp_column && lane % 4 == 0) {
             const int64_t to = (item.split * pass.groups + item.group) * pass.own.padded + row0 + lane_row;
 #pragma unroll
