@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hdc import atomic
+from hdc.data.workers import hash_file
 from hdc.errors import InputError
 
 FILE = "checkpoint.pt"
@@ -35,6 +36,12 @@ def save(path: Path, kind: Kind, state: Mapping[str, Any]) -> None:
 def locate(path: Path) -> Path:
     """The checkpoint's file, which may be given by its run's folder."""
     return path / FILE if path.is_dir() else path
+
+
+def digest(path: str | None) -> str | None:
+    """SHA-256 of the checkpoint that `path` or its folder holds; None where there is none (yet)."""
+    file = locate(Path(path)) if path else None
+    return hash_file(file) if file and file.is_file() else None
 
 
 def load(path: Path, *kinds: Kind) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from rich.table import Table
 
 from hdc import atomic, distributed, results
@@ -24,22 +24,25 @@ from hdc.config import (
     ProbeConfig,
     RecognizeConfig,
     RetrieveConfig,
+    RunConfig,
     TestConfig,
 )
-from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.dataset import open_data
 from hdc.data.pack import PackConfig, pack
-from hdc.data.prepare import BAD_FILES, DATASETS, LOG, MISSING, PrepareConfig, check, prepare
-from hdc.data.ucf101 import index_ucf101
+from hdc.data.prepare import BAD_FILES, DATASETS, MISSING, PrepareConfig, check, prepare
 from hdc.demo import DemoConfig, demo
 from hdc.errors import InputError
 from hdc.export import export
 from hdc.finetune import finetune
+from hdc.help import HelpFormatter
+from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
 from hdc.progress import ProgressBar, console
 from hdc.recognition import test
 from hdc.report import ReportConfig, report
+from hdc.reproduce import ReproduceConfig, reproduce
 from hdc.retrieval import retrieve
 from hdc.splits import recognize
 from hdc.training import TrainedRun
@@ -49,19 +52,19 @@ START = "hdc-train demo"
 
 def run_pretrain(config: PretrainConfig) -> None:
     """Learn a video representation without labels (HD-NCE)."""
-    run = pretrain(config, open_data(config))
+    run = pretrain(config, open_data(config.data))
     _show_run(run, f"hdc-train retrieve --data {config.data} --backbone {config.backbone}")
 
 
 def run_finetune(config: FinetuneConfig) -> None:
     """Train a classifier from pretrained weights, or from scratch."""
-    run = finetune(config, open_data(config))
+    run = finetune(config, open_data(config.data))
     _show_run(run, f"hdc-train test --data {config.data} --backbone {config.backbone}")
 
 
 def run_test(config: TestConfig) -> None:
     """Recognise actions with a finetuned model (5 crops × clips)."""
-    result = test(config, open_data(config))
+    result = test(config, open_data(config.data))
     table = Table("accuracy", "top-1 %", "of")
     table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
     table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
@@ -71,7 +74,7 @@ def run_test(config: TestConfig) -> None:
 
 def run_recognize(config: RecognizeConfig) -> None:
     """Finetune and test on every split, and average."""
-    result = recognize(config, open_data(config))
+    result = recognize(config, open_data(config.data))
     table = Table("split", "video top-1 %", "clip top-1 %", "videos", "clips")
     for split, found in result.splits.items():
         shares = (f"{100 * found.video_accuracy:.1f}", f"{100 * found.clip_accuracy:.1f}")
@@ -85,7 +88,7 @@ def run_recognize(config: RecognizeConfig) -> None:
 
 def run_probe(config: ProbeConfig) -> None:
     """Classify by frozen features: linear probe and kNN."""
-    linear, vote = probe(config, open_data(config))
+    linear, vote = probe(config, open_data(config.data))
     table = Table("on frozen features", "top-1 %")
     table.add_row("linear classifier", f"{100 * linear.test_accuracy:.1f}")
     table.add_row(
@@ -100,11 +103,19 @@ def run_probe(config: ProbeConfig) -> None:
 
 def run_retrieve(config: RetrieveConfig) -> None:
     """Find each test video's nearest training videos."""
-    result = retrieve(config, open_data(config))
+    result = retrieve(config, open_data(config.data))
     table = Table("retrieval", *(f"top-{k}" for k in result.accuracy))
     table.add_row("hits %", *(f"{100 * value:.1f}" for value in result.accuracy.values()))
     console.print(table)
     _show_written(config.out, results.RETRIEVAL)
+
+
+def run_reproduce(config: ReproduceConfig, table: str) -> None:
+    """Run the rows of one of the paper's tables, beside its figures."""
+    reproduce(config, table)
+    if not config.dry_run:
+        _show_written(config.out, f"{table}.json")
+        console.print(f"next: hdc-train report {config.out}", highlight=False, soft_wrap=True)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -223,6 +234,12 @@ COMMANDS = {
         run_retrieve,
         "hdc-train retrieve --data ucf101 --checkpoint runs/pretrain/checkpoint.pt",
     ),
+    "reproduce": Command(
+        ReproduceConfig,
+        run_reproduce,
+        "hdc-train reproduce table1 --kinetics400 data/kinetics400 --ucf101 data/ucf101",
+        (Place("TABLE", "which of the paper's results", tuple(TABLES)),),
+    ),
     "prepare": Command(
         PrepareConfig,
         run_prepare,
@@ -271,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     except KeyboardInterrupt:
         print(
-            "hdc-train: interrupted; a training run goes on with --resume, prepare by itself",
+            "hdc-train: interrupted; a training run goes on with --resume, prepare and reproduce without",
             file=sys.stderr,
         )
         return 130
@@ -286,11 +303,11 @@ def _carry_out(arguments: list[str]) -> int:
         raise InputError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     config, places = parse(name, command, options)
-    if distributed.world() > 1 and not isinstance(config, CommandConfig):
+    if distributed.world() > 1 and not isinstance(config, RunConfig):
         raise InputError(f"{name} is for one process; start it without torchrun")
+    if isinstance(config, RunConfig | DemoConfig) and not config.out:
+        raise InputError("out is empty; it must name a folder")
     if isinstance(config, CommandConfig | DemoConfig):
-        if not config.out:
-            raise InputError("out is empty; it must name a folder")
         distributed.on_rank0(lambda: atomic.check_folder(Path(config.out)))
     return command.run(config, *places) or 0
 
@@ -310,19 +327,6 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-class _HelpFormatter(DefaultHelpFormatter):
-    """Wide columns, the epilog as it is written, and no type where the choices say it already."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        return re.sub(r"type: Literal\[.*\], ", "", super()._expand_help(action))
-
-
 def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[str]]:
     """The command's configuration out of defaults, preset, YAML file and options, in that order; its places.
 
@@ -338,7 +342,7 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of options (a run writes its own)"
@@ -377,9 +381,10 @@ def _preset_table() -> str:
     lines = [
         "Presets (top-1 accuracy % that the paper reports after finetuning on UCF101 split 1):"
     ]
+    figures = preset_figures()
     for name, preset in PRESETS.items():
-        paper = f"{preset.paper:.1f}" if preset.paper else "–"
-        lines.append(f"  {name:<32}{paper:>4}  {preset.summary}")
+        figure = f"{figures[name]:.1f}" if name in figures else "–"
+        lines.append(f"  {name:<32}{figure:>4}  {preset.summary}")
     return "\n".join(lines)
 
 
@@ -404,25 +409,6 @@ def one_line(error: Exception) -> str:
     text = re.sub(r"<class '(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     return re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", text)
-
-
-def open_data(config: CommandConfig) -> Manifest:
-    """The manifest named by `config.data`; a folder in UCF101's layout is indexed once, into manifest.csv."""
-    return distributed.on_rank0(lambda: _open_data(config))
-
-
-def _open_data(config: CommandConfig) -> Manifest:
-    path = Path(config.data)
-    if not path.is_dir():
-        return read_manifest(path)
-    if (path / "manifest.csv").exists():
-        return read_manifest(path / "manifest.csv")
-    if (path / LOG).exists():
-        raise InputError(f"{path} is prepared only in part; run hdc-train prepare again")
-    with ProgressBar("counting frames", 1) as bar:
-        manifest = index_ucf101(path, bar.set)
-    manifest.write()
-    return manifest
 
 
 def _show_run(run: TrainedRun, next_command: str) -> None:

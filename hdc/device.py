@@ -5,11 +5,11 @@ import os
 import torch
 
 from hdc import distributed
-from hdc.config import CommandConfig
+from hdc.config import RunConfig
 from hdc.errors import InputError
 
 
-def pick_device(config: CommandConfig) -> torch.device:
+def pick_device(config: RunConfig) -> torch.device:
     """The GPU if there is one for "auto"; anything else must be a device torch can use.
 
     Of several processes on a node each takes the GPU of its own number there.
@@ -39,7 +39,7 @@ def pick_device(config: CommandConfig) -> torch.device:
     return device
 
 
-def decoding_workers(config: CommandConfig) -> int:
+def decoding_workers(config: RunConfig) -> int:
     """`config.workers`, or its default: one process per core beside a GPU, at most 16; none on a CPU.
 
     The processes of a run on one node share its cores.

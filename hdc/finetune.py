@@ -1,10 +1,12 @@
 """Finetuning for action recognition: the pretrained encoder, global pooling, dropout, one linear layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from hdc import checkpoint, training
 from hdc.backbones import Backbone
 from hdc.config import FinetuneConfig
 from hdc.data.clips import TrainingClips
@@ -13,7 +15,7 @@ from hdc.device import pick_device
 from hdc.errors import InputError
 from hdc.features import load_encoder
 from hdc.share import Share, augment, dropout
-from hdc.training import TrainedRun, train
+from hdc.training import TrainedRun
 
 
 class Classifier(nn.Module):
@@ -61,7 +63,29 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
         loss = F.cross_entropy(logits, labels)
         return loss * share.weight, {"accuracy": share.weigh(accuracy)}
 
-    return train("finetune", config, model, dataset, step_loss, {"classes": list(names)}, _status)
+    return training.train(
+        "finetune", config, model, dataset, step_loss, _extra(config, videos, names), _status
+    )
+
+
+def finished(config: FinetuneConfig, manifest: Manifest) -> bool:
+    """Whether `finetune` has nothing left to do.
+
+    Raises:
+        InputError: as `hdc.training.finished`.
+    """
+    names = manifest.labels(config.label).names
+    videos = manifest.rows("train", config.split)
+    return training.finished("finetune", config, len(videos), _extra(config, videos, names))
+
+
+def _extra(config: FinetuneConfig, videos: Manifest, names: Sequence[str]) -> dict[str, Any]:
+    """What the checkpoint holds beside the model: its classes, and what it comes from."""
+    return {
+        "classes": list(names),
+        "videos": videos.digest(config.label),
+        "pretrained_weights": checkpoint.digest(config.checkpoint),
+    }
 
 
 def _status(values: Mapping[str, float]) -> str:

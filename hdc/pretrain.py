@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from hdc import distributed
+from hdc import distributed, training
 from hdc.backbones import build_backbone
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips
@@ -14,7 +14,7 @@ from hdc.data.manifest import Manifest
 from hdc.device import pick_device
 from hdc.model import HDC, Pair
 from hdc.share import Share, augment
-from hdc.training import TrainedRun, train
+from hdc.training import TrainedRun
 from hdc_kernels import fused_hd_nce
 
 
@@ -67,7 +67,19 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
                 values[f"{task}{k}_accuracy"] = share.weigh(accuracy)
         return loss, values
 
-    return train("pretrain", config, model, dataset, step_loss, {}, _status)
+    return training.train(
+        "pretrain", config, model, dataset, step_loss, {"videos": videos.digest()}, _status
+    )
+
+
+def finished(config: PretrainConfig, manifest: Manifest) -> bool:
+    """Whether `pretrain` has nothing left to do.
+
+    Raises:
+        InputError: as `hdc.training.finished`.
+    """
+    videos = manifest.rows("train", config.split)
+    return training.finished("pretrain", config, len(videos), {"videos": videos.digest()})
 
 
 def make_views(

@@ -4,11 +4,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hdc import results
+from hdc import checkpoint, results
 from hdc.config import FinetuneConfig, RecognizeConfig, TestConfig
 from hdc.data.clips import Unreadable
 from hdc.data.manifest import Manifest
 from hdc.finetune import finetune
+from hdc.finetune import finished as finetuned
 from hdc.progress import console
 from hdc.recognition import test
 
@@ -25,11 +26,15 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class RecognitionResult:
-    """splits: by their numbers. The accuracies are the means over the splits, each counting the same."""
+    """splits: by their numbers. The accuracies are the means over the splits, each counting the same.
+
+    unreadable: the test videos that were left out, each once.
+    """
 
     splits: dict[int, SplitResult]
     video_accuracy: float
     clip_accuracy: float
+    unreadable: list[Unreadable]
 
 
 def recognize(config: RecognizeConfig, manifest: Manifest) -> RecognitionResult:
@@ -44,48 +49,78 @@ def recognize(config: RecognizeConfig, manifest: Manifest) -> RecognitionResult:
     for split in config.splits:  # a missing one should fail before the work
         for part in ("train", "test"):
             manifest.rows(part, split).labels(config.label)
-    found: dict[int, SplitResult] = {}
-    unreadable: list[Unreadable] = []
+    found: list[_Tested] = []
     for split in config.splits:
         console.rule(f"split {split}", align="left", style="dim")
-        found[split], left_out = _finetune_and_test(config, manifest, split)
-        unreadable += left_out
+        known = _known(config, manifest, split) if config.resume else None
+        found.append(known or _finetune_and_test(config, manifest, split))
+    result = _mean(config, found)
+    summary = {
+        "splits": {str(split): vars(numbers) for split, numbers in result.splits.items()},
+        "mean": {"video_accuracy": result.video_accuracy, "clip_accuracy": result.clip_accuracy},
+    }
+    results.write(config, results.RECOGNITION, summary, result.unreadable)
+    return result
+
+
+def finished(config: RecognizeConfig, manifest: Manifest) -> RecognitionResult | None:
+    """What `recognize` has come to, where nothing is left to do for any of its splits.
+
+    Raises:
+        InputError: as `hdc.training.finished`.
+    """
+    found = []
+    for split in config.splits:
+        known = _known(config, manifest, split)
+        if known is None:
+            return None
+        found.append(known)
+    return _mean(config, found)
+
+
+_Tested = tuple[SplitResult, list[Unreadable]]  # of one split, with what its test left out
+
+
+def _mean(config: RecognizeConfig, found: list[_Tested]) -> RecognitionResult:
+    numbers = [result for result, _ in found]
     video, clip = (
-        sum(getattr(result, name) for result in found.values()) / len(found)
+        sum(getattr(result, name) for result in numbers) / len(numbers)
         for name in ("video_accuracy", "clip_accuracy")
     )
-    summary = {
-        "splits": {str(split): vars(result) for split, result in found.items()},
-        "mean": {"video_accuracy": video, "clip_accuracy": clip},
-    }
-    results.write(config, results.RECOGNITION, summary, list(dict.fromkeys(unreadable)))
-    return RecognitionResult(found, video, clip)
+    unreadable = dict.fromkeys(entry for _, entries in found for entry in entries)
+    by_split = dict(zip(config.splits, numbers, strict=True))
+    return RecognitionResult(by_split, video, clip, list(unreadable))
 
 
-def _finetune_and_test(
-    config: RecognizeConfig, manifest: Manifest, split: int
-) -> tuple[SplitResult, list[Unreadable]]:
-    """The result of one split, and what its test left out."""
-    out = str(Path(config.out) / f"split{split}")
-    trained = finetune(
-        FinetuneConfig(**{**_shared(config, FinetuneConfig), "out": out, "split": split}), manifest
-    )
-    test_config = TestConfig(
-        **{
-            **_shared(config, TestConfig),
-            "out": out,
-            "split": split,
-            "checkpoint": str(trained.checkpoint),
-        },
-        crop_size=config.augment.crop_size,
-    )
-    known = results.finished(test_config, results.TEST) if config.resume else {}
-    if known:
-        numbers = {field.name: known[field.name] for field in fields(SplitResult)}
-        return SplitResult(**numbers), [Unreadable(**entry) for entry in known["unreadable"]]
-    tested = test(test_config, manifest)
+def _known(config: RecognizeConfig, manifest: Manifest, split: int) -> _Tested | None:
+    """What a split's folder holds; None unless it is of these very settings, weights and videos."""
+    first, second = _parts(config, split)
+    if not finetuned(first, manifest):
+        return None
+    known = results.finished(second, results.TEST)
+    if not known:
+        return None
+    numbers = SplitResult(**{field.name: known[field.name] for field in fields(SplitResult)})
+    return numbers, [Unreadable(**entry) for entry in known["unreadable"]]
+
+
+def _finetune_and_test(config: RecognizeConfig, manifest: Manifest, split: int) -> _Tested:
+    first, second = _parts(config, split)
+    finetune(first, manifest)
+    tested = test(second, manifest)
     numbers = {field.name: getattr(tested, field.name) for field in fields(SplitResult)}
     return SplitResult(**numbers), tested.unreadable
+
+
+def _parts(config: RecognizeConfig, split: int) -> tuple[FinetuneConfig, TestConfig]:
+    """The commands that a split consists of."""
+    out = Path(config.out) / f"split{split}"
+    place = {"out": str(out), "split": split}
+    weights = str(out / checkpoint.FILE)
+    return FinetuneConfig(**_shared(config, FinetuneConfig) | place), TestConfig(
+        **_shared(config, TestConfig) | place | {"checkpoint": weights},
+        crop_size=config.augment.crop_size,
+    )
 
 
 def _shared(config: RecognizeConfig, kind: type[FinetuneConfig | TestConfig]) -> dict[str, Any]:

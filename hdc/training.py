@@ -65,7 +65,7 @@ def train(
         model: already on its device.
         dataset: its seed decides the batches.
         step_loss: loss and values to log of one batch, or of this rank's share of it.
-        extra: plain values to store beside the model, such as class names.
+        extra: plain values to store beside the model, such as class names; a run goes on only with the same.
         status: words the logged values for the progress bar.
 
     Raises:
@@ -76,7 +76,7 @@ def train(
     path = out / checkpoint.FILE
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optimizer)
-    state = distributed.on_rank0(lambda: _stored(kind, config, path))
+    state = distributed.on_rank0(lambda: _stored(kind, config, extra))
     step, unreadable = _restore(state, config, path, model, optimizer)
     network = distributed.parallel(model)
     first = distributed.rank() == 0
@@ -200,8 +200,27 @@ def _share(batch: Batch) -> tuple[Share, list[Unreadable]]:
     return share, [entry for part in distributed.gather(batch.unreadable) for entry in part]
 
 
-def _stored(kind: checkpoint.Kind, config: TrainConfig, path: Path) -> dict[str, Any] | None:
+def finished(
+    kind: checkpoint.Kind, config: TrainConfig, videos: int, extra: Mapping[str, Any]
+) -> bool:
+    """Whether `train` of so many videos has nothing left to do; arguments as there.
+
+    Raises:
+        InputError: `out` holds another run, or a damaged checkpoint.
+    """
+
+    def look() -> bool:
+        state = _stored(kind, config, extra)
+        return state is not None and state["step"] >= config.epochs * (videos // config.batch_size)
+
+    return distributed.on_rank0(look)
+
+
+def _stored(
+    kind: checkpoint.Kind, config: TrainConfig, extra: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """The checkpoint to go on from, if there is one."""
+    path = Path(config.out) / checkpoint.FILE
     if not path.exists():
         return None
     if not (config.resume or distributed.restarted()):
@@ -213,10 +232,13 @@ def _stored(kind: checkpoint.Kind, config: TrainConfig, path: Path) -> dict[str,
         for key in ours
         if key not in FREE_ON_RESUME and plain(ours[key]) != plain(theirs.get(key))
     ]
+    different += [
+        key.replace("_", " ") for key in extra if plain(extra[key]) != plain(state.get(key))
+    ]
     if different:
         raise InputError(
-            f"{path} was made with another {', '.join(different)}; "
-            f"repeat its settings with --config {path.parent / 'config.yaml'}"
+            f"{path} was made with different {', '.join(different)}; "
+            f"repeat what {path.parent / 'config.yaml'} says, or choose another --out"
         )
     return state
 

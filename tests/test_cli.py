@@ -1,6 +1,7 @@
 """`hdc-train` as a user meets it: help, results, and one line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,13 @@ def test_alone_says_what_it_can_do_and_where_to_start(capsys: pytest.CaptureFixt
     assert "hdc-train demo" in shown
 
 
+@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_names_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_option(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the terminal and 100 columns, and in words that can be typed."""
+    monkeypatch.setenv("COLUMNS", f"{columns}")
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
@@ -54,6 +60,12 @@ def test_help_names_every_option(name: str, capsys: pytest.CaptureFixture[str]) 
     assert f"example: hdc-train {name}" in shown
     for field in COMMANDS[name].config.__dataclass_fields__:
         assert f"--{field}" in shown
+    options = re.split(r"^(?:options|Presets|example)\b", shown, flags=re.MULTILINE)[1]
+    indented = [line for line in options.splitlines() if line.startswith(" ")]
+    assert max(map(len, indented)) <= min(columns, 100)
+    assert not re.search(
+        r"Literal|Optional|tuple\[|True|False|required, |type: (int|str|float)", shown
+    )
 
 
 def test_evaluation_commands_write_their_numbers(

@@ -1,6 +1,7 @@
 """Weights that leave and enter: an exported encoder is the trained one, and foreign ones compute what they did."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,13 +252,15 @@ def test_shortcuts_without_weights_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretraining run of two steps, and a probe in the same folder."""
-    videos, out = tmp_path_factory.mktemp("secret"), tmp_path_factory.mktemp("run")
+    """A pretraining run of two steps, a probe in the same folder, a finetuning beside it."""
+    videos, out = tmp_path_factory.mktemp("secret"), tmp_path_factory.mktemp("runs") / "run"
     make_dataset(videos / "toys", train=10, test=5, seed=0)
     places = [f"--data={videos / 'toys'}", f"--out={out}"]
     assert main(["pretrain", *places, *TRAIN]) == 0
     weights = f"--checkpoint={out / 'checkpoint.pt'}"
     assert main(["probe", *places, weights, "--crop_size=28", *TINY]) == 0
+    beside = [places[0], f"--out={out.parent / 'recognize'}", weights, "--splits=[1]"]
+    assert main(["recognize", *beside, *TRAIN]) == 0
     return out
 
 
@@ -281,13 +284,40 @@ def test_card(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path)]) == 0
     card = (tmp_path / "README.md").read_text()
     assert "- data: `toys`, split 1\n- epochs: 1; steps done: 2, of 5 videos each\n" in card
-    probe = json.loads((run / "probe.json").read_text())["test_accuracy"]
-    assert f"- linear probe (label): {100 * probe:.1f} %" in card
+    probe, votes, tested = (
+        json.loads((run / name).read_text())
+        for name in ("probe.json", "knn.json", "../recognize/split1/test.json")
+    )
+    where = "- `toys`, split 1: "
+    assert f"{where}linear probe, {100 * probe['test_accuracy']:.1f} %\n" in card
+    weighted, majority = (f"{100 * votes[name]:.1f} %" for name in ("weighted", "majority"))
+    vote = f"{where}vote of the 10 nearest, {weighted} (weighted by similarity), {majority} (majority)\n"
+    assert vote in card
+    videos, clips = (f"{100 * tested[f'{of}_accuracy']:.1f} %" for of in ("video", "clip"))
+    shares = f"{videos} of videos, {clips} of clips"
+    assert f"- `toys`: finetuned, split 1: {shares}; mean: {shares}\n" in card
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"loss {last['loss']:.4g}" in card
     assert "temperature: 0.07" in card
     assert "secret" not in card  # the path to the data is nobody's business
     assert str(run) not in card
+
+
+def test_card_leaves_out_what_other_weights_reached(run: Path, tmp_path: Path) -> None:
+    """Only the pretraining's own results, not those of its classifier; and that one has its own card."""
+    (tmp_path / "runs").mkdir()
+    copy = shutil.copytree(run, tmp_path / "runs" / "run")
+    found = json.loads((copy / "probe.json").read_text())
+    (copy / "probe.json").write_text(json.dumps(found | {"weights_sha256": "of others"}))
+    assert main(["export", str(copy), str(tmp_path / "model")]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "vote of the" in card
+    assert "linear probe" not in card
+    tuned = run.parent / "recognize" / "split1"
+    assert main(["export", str(tuned), str(tmp_path / "tuned")]) == 0
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "split 1: action recognition, " in card
+    assert "vote of the" not in card
 
 
 def test_damaged_exports_are_refused(run: Path, tmp_path: Path) -> None:

@@ -72,6 +72,26 @@ def test_round_trip(tmp_path: Path) -> None:
     assert list(manifest.source.parent.iterdir()) == [manifest.source]
 
 
+def test_digest_changes_with_what_is_trained_on(tmp_path: Path) -> None:
+    """And with nothing else: neither other rows nor other columns, nor where the manifest lies."""
+
+    def digest(text: str, *columns: str) -> str:
+        return read_manifest(store(tmp_path, text)).rows("train", 1).digest(*columns)
+
+    same = (TEXT, TEXT.replace("b.avi,5", "b.avi,6"), TEXT.replace("Run,", "Walk,"))
+    assert len({digest(text) for text in same}) == 1
+    assert len({digest(text, "label") for text in same}) == 2
+    lines = TEXT.splitlines(keepends=True)
+    other = (
+        TEXT.replace("a.avi,0,40", "a.avi,0,41"),
+        TEXT.replace("a.avi,0", "a.avi,1"),
+        TEXT.replace("c.avi", "d.avi"),
+        TEXT.replace("b.avi,5,16,Jump,test", "b.avi,5,16,Jump,train"),
+        "".join([lines[0], *reversed(lines[1:])]),
+    )
+    assert len({digest(text) for text in (TEXT, *other)}) == 6
+
+
 def test_rows_of_a_split(tmp_path: Path) -> None:
     manifest = read_manifest(store(tmp_path))
     train = manifest.rows("train", 1)

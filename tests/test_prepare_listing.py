@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from downloads import lay
 
 from hdc.data.hmdb51 import list_hmdb51
 from hdc.data.kinetics400 import list_kinetics400
@@ -10,14 +11,6 @@ from hdc.data.listing import Listed
 from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.errors import InputError
-
-
-def lay(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(text.encode())
-    return root
-
 
 UCF101 = {
     "ucfTrainTestlist/classInd.txt": "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n",

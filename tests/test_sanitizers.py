@@ -63,7 +63,7 @@ def test_no_report(program: Path, name: str) -> None:
     for leaks in "10":
         environment = {**os.environ, "HDC_INSTRUCTION_SET": name, "ASAN_OPTIONS": OPTIONS + leaks}
         done = subprocess.run(
-            [program], env=environment, capture_output=True, text=True, timeout=120
+            [program], env=environment, capture_output=True, text=True, timeout=600
         )
         if "LeakSanitizer has encountered a fatal error" not in done.stderr:
             break

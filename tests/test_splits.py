@@ -117,3 +117,52 @@ def test_a_result_of_something_else_is_not_taken(videos: Manifest, config: Recog
     assert results.finished(given, results.RECOGNITION)
     weights.write_bytes(b"other weights")
     assert not results.finished(given, results.RECOGNITION)
+
+
+def test_a_result_on_other_videos_is_not_taken(
+    videos: Manifest, config: RecognizeConfig, tmp_path: Path
+) -> None:
+    """The same path, but one video less in the manifest."""
+    manifest = tmp_path / "manifest.csv"
+    lines = videos.source.read_text().replace("UCF-101", str(videos.source.parent / "UCF-101"))
+    manifest.write_text(lines)
+    config = replace(config, data=str(manifest))
+    results.write(config, results.RECOGNITION, {})
+    assert results.finished(config, results.RECOGNITION)
+    manifest.write_text("".join(lines.splitlines(keepends=True)[:-1]))
+    assert not results.finished(config, results.RECOGNITION)
+
+
+def test_finished_says_what_would_be_read(videos: Manifest, config: RecognizeConfig) -> None:
+    """Nothing while a split, an epoch or a test is left; then the result, whatever splits it is asked for."""
+    config = replace(config, splits=(1, 2), epochs=1, resume=True)
+    assert splits.finished(config, videos) is None
+    result = recognize(config, videos)
+    assert splits.finished(config, videos) == result
+    first = splits.finished(replace(config, splits=(1,)), videos)
+    assert first is not None
+    assert first.video_accuracy == result.splits[1].video_accuracy
+    assert splits.finished(replace(config, splits=(1, 3)), videos) is None
+    assert splits.finished(replace(config, epochs=2), videos) is None
+    with pytest.raises(InputError, match="made with different seed; repeat what"):
+        splits.finished(replace(config, seed=1), videos)
+    (Path(config.out) / "split2" / "test.json").unlink()
+    assert splits.finished(config, videos) is None
+
+
+def test_other_weights_are_not_gone_on_with(
+    videos: Manifest, config: RecognizeConfig, tmp_path: Path
+) -> None:
+    """A finetuning that began with other weights than its checkpoint holds now is refused."""
+    weights = tmp_path / "pretrained" / "checkpoint.pt"
+    first = replace(config, splits=(1,), epochs=1)
+    recognize(replace(first, out=str(tmp_path / "other")), videos)
+    weights.parent.mkdir()
+    weights.write_bytes((tmp_path / "other/split1/checkpoint.pt").read_bytes())
+    given = replace(first, checkpoint=str(weights.parent), resume=True)
+    recognize(given, videos)
+    assert splits.finished(given, videos)
+    recognize(replace(first, out=str(tmp_path / "third"), seed=1), videos)
+    weights.write_bytes((tmp_path / "third/split1/checkpoint.pt").read_bytes())
+    with pytest.raises(InputError, match="made with different pretrained weights"):
+        recognize(given, videos)

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,8 +132,18 @@ def test_finished_run_is_left_alone(videos: Path, tmp_path: Path) -> None:
 def test_resuming_with_other_settings_is_refused(videos: Path, tmp_path: Path) -> None:
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path), manifest)
-    with pytest.raises(InputError, match="made with another seed, batch_size; repeat its settings"):
+    with pytest.raises(InputError, match="made with different seed, batch_size; repeat what"):
         pretrain(settings(videos, tmp_path, batch_size=4, seed=1, resume=True), manifest)
+
+
+def test_resuming_with_other_videos_is_refused(videos: Path, tmp_path: Path) -> None:
+    """The manifest is where it was, but has another order: the batches would be others."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path, epochs=1), manifest)
+    turned = manifest.take(np.arange(len(manifest))[::-1])
+    with pytest.raises(InputError, match="made with different videos; repeat what"):
+        pretrain(settings(videos, tmp_path, resume=True), turned)
+    assert not pretrain(settings(videos, tmp_path, epochs=1, resume=True), manifest).metrics
 
 
 def test_corrupt_video_is_skipped_counted_and_named(

@@ -11,7 +11,9 @@ Columns:
 """
 
 import csv
+import hashlib
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from hdc.atomic import write_text
 from hdc.errors import InputError
 
 Part = Literal["train", "test"]
+MANIFEST = "manifest.csv"
 OF_THE_FILE = ("fps", "width", "height", "sha256")
 
 
@@ -113,6 +116,12 @@ class Manifest:
                 f"{_some(given)}; take them out, or set --clips.short_videos loop"
             )
 
+    def digest(self, *columns: str) -> str:
+        """SHA-256 of which frames of which files the rows are, in their order, and of the given columns."""
+        named = [self.path, self.start, self.frames, *(self.columns[name] for name in columns)]
+        rows = zip(*(values.tolist() for values in named), strict=True)
+        return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
     def text(self) -> str:
         """What `write` writes."""
         rows = zip(self.path, self.start, self.frames, *self.columns.values(), strict=True)
@@ -121,6 +130,12 @@ class Manifest:
     def write(self) -> None:
         """Write it to `source`, whole or not at all."""
         write_text(self.source, self.text())
+
+
+def manifest_file(data: str) -> Path:
+    """The manifest that `data` names, itself or by its folder."""
+    path = Path(data)
+    return path / MANIFEST if path.is_dir() else path
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -8,9 +8,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from hdc.data.clips import Unreadable
-from hdc.data.manifest import read_manifest
+from hdc.data.manifest import MANIFEST, read_manifest
 from hdc.data.packed import Pack, gigabytes
-from hdc.data.prepare import MANIFEST
 from hdc.data.video import Frames
 from hdc.data.whole_videos import WholeVideos
 from hdc.device import cores

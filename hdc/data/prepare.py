@@ -27,7 +27,7 @@ from hdc import atomic
 from hdc.data.hmdb51 import list_hmdb51
 from hdc.data.kinetics400 import list_kinetics400
 from hdc.data.listing import Listed, label_columns
-from hdc.data.manifest import OF_THE_FILE, Manifest, csv_text, read_manifest
+from hdc.data.manifest import MANIFEST, OF_THE_FILE, Manifest, csv_text, read_manifest
 from hdc.data.packed import is_packed
 from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
@@ -41,7 +41,7 @@ DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
     "hmdb51": list_hmdb51,
     "folder": list_video_folder,
 }
-MANIFEST, BAD_FILES, LOG = "manifest.csv", "bad_files.csv", "prepare.jsonl"
+BAD_FILES, LOG = "bad_files.csv", "prepare.jsonl"
 MISSING = "is missing"
 SECONDS_TO_WAIT = 10.0  # for the workers of a run that was killed: they notice at their next frame
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hdc.data.listing import FolderEntries, Listed, label_columns, read_lines
-from hdc.data.manifest import Manifest, Part
+from hdc.data.manifest import MANIFEST, Manifest, Part
 from hdc.data.video import count_frames
 from hdc.errors import InputError
 
@@ -83,7 +83,7 @@ def index_ucf101(
         frames.append(count_frames(root / video.path))
         progress(done, len(videos))
     return Manifest(
-        root / "manifest.csv",
+        root / MANIFEST,
         np.array([video.path for video in videos]),
         np.zeros(len(videos), dtype=np.int64),
         np.array(frames, dtype=np.int64),

@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hdc import atomic
-from hdc.data.manifest import read_manifest
+from hdc.config import flat
+from hdc.data.manifest import manifest_file, read_manifest
 from hdc.data.prepare import BAD_FILES
 from hdc.errors import InputError
 from hdc.report.confusion import draw_confusion
 from hdc.report.curves import draw_curves
 from hdc.report.html import Html, element, folded, joined, section, table
 from hdc.report.page import page
-from hdc.report.records import Record, flat, manifest_file, read_records
+from hdc.report.records import Record, read_records
 from hdc.report.results import draw_results
 from hdc.report.retrievals import draw_retrievals
 

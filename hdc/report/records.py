@@ -1,6 +1,5 @@
 """What run folders hold: the files that the commands write, read and checked."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 from hdc import atomic, environment, journal, results
 from hdc.data.clips import Unreadable
 from hdc.errors import InputError
+from hdc.paper import TABLES
 
 CONFIG, DEMO = "config.yaml", "results.json"
 # What must be in a command's result for a page to be made of it.
@@ -20,7 +20,8 @@ RESULTS = {
     results.KNN: ("weighted", "majority", "neighbors", "label", "split"),
     results.RETRIEVAL: ("accuracy", "label", "split", "queries", "gallery", "nearest"),
 }
-FILES = (journal.FILE, CONFIG, DEMO, *RESULTS)
+PAPER = tuple(f"{name}.json" for name in TABLES)  # of `hdc-train reproduce`
+FILES = (journal.FILE, CONFIG, DEMO, *PAPER, *RESULTS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Record:
     name: the folder's.
     lines: the log's lines of numbers, one per logged step.
     starts: what it was computed with, one entry per start in another environment.
+    paper: tables of the paper, computed anew.
     demo, test, recognition, probe, knn, retrieval: the commands' summaries.
     unreadable: videos that training or evaluation left out, each once.
     """
@@ -39,6 +41,7 @@ class Record:
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     starts: list[dict[str, Any]]
+    paper: list[dict[str, Any]]
     demo: dict[str, Any]
     test: dict[str, Any]
     recognition: dict[str, Any]
@@ -89,6 +92,7 @@ def read_record(folder: Path) -> Record:
     """
     log = [line for line in _log(folder / journal.FILE) if isinstance(line, dict)]
     found = {name: atomic.read_json(folder / name, keys) for name, keys in RESULTS.items()}
+    tables = [atomic.read_json(folder / name, ("table", "summary", "percent")) for name in PAPER]
     left_out = [
         *((line["skipped"], line.get("reason")) for line in log if "skipped" in line),
         *(
@@ -103,6 +107,7 @@ def read_record(folder: Path) -> Record:
         config=read_config(folder / CONFIG),
         lines=[line for line in log if "loss" in line],
         starts=environment.read(folder),
+        paper=list(filter(None, tables)),
         demo=atomic.read_json(folder / DEMO, ("models",)),
         test=found[results.TEST],
         recognition=found[results.RECOGNITION],
@@ -111,15 +116,6 @@ def read_record(folder: Path) -> Record:
         retrieval=found[results.RETRIEVAL],
         unreadable=[Unreadable(str(p), str(reason)) for p, reason in dict(left_out).items()],
     )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values under dotted names, in their order."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -131,12 +127,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path} was not written by hdc-train")
     return config
-
-
-def manifest_file(data: str) -> Path:
-    """The manifest that `data` names, itself or by its folder."""
-    path = Path(data)
-    return path / "manifest.csv" if path.is_dir() else path
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hdc.config import flat
+from hdc.paper import DATASETS
 from hdc.report.html import Html, element, number, percent, table
-from hdc.report.records import Record, flat
+from hdc.report.records import Record
 
 RANDOM = "random weights"
 
 
 def draw_results(records: Sequence[Record]) -> list[Html]:
     """One table for each kind of result that there is."""
+    paper = [_reproduced(table) for record in records for table in record.paper]
     demos = [_demo(record.demo["models"]) for record in records if record.demo]
     kinds = (
         (_recognized, [record for record in records if record.recognition]),
@@ -20,8 +23,26 @@ def draw_results(records: Sequence[Record]) -> list[Html]:
         (_voted, [record for record in records if record.knn]),
         (_logged, [record for record in records if record.lines]),
     )
-    tables = demos + [draw(members) for draw, members in kinds if members]
+    tables = paper + demos + [draw(members) for draw, members in kinds if members]
     return [element("div", *tables, class_="tables")] if tables else []
+
+
+def _reproduced(found: dict[str, Any]) -> Html:
+    """A table of the paper beside its figures here; a figure that one of them lacks is a dash."""
+    rows = [
+        (
+            line["title"],
+            DATASETS[line["dataset"]],
+            number(line["k"]),
+            *(
+                "–" if line[of] is None else percent(line[of] / 100)
+                for of in ("paper", "here", "gap")
+            ),
+        )
+        for line in found["percent"]
+    ]
+    title = f"{found['table']} of the paper: {found['summary']}"
+    return table(title, ["row", "dataset", "top-k", "paper %", "here %", "gap"], rows)
 
 
 def _demo(models: dict[str, dict[str, Any]]) -> Html:

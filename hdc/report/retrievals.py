@@ -8,11 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.manifest import Manifest, manifest_file, read_manifest
 from hdc.data.video import Frames, VideoError, read_clips
 from hdc.errors import InputError
 from hdc.report.html import Html, element, joined
-from hdc.report.records import CONFIG, Record, manifest_file, read_config
+from hdc.report.records import CONFIG, Record, read_config
 
 ROWS = 8  # queries in a grid
 SIDE = 96  # short side of a clip in pixels
