@@ -46,9 +46,9 @@ from torch import Generator
 
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips, training_loader
-from hdc.data.manifest import Manifest, read_manifest
+from hdc.data.manifest import MANIFEST, Manifest, read_manifest
 from hdc.data.pack import PackConfig, pack
-from hdc.data.prepare import MANIFEST, PrepareConfig, prepare
+from hdc.data.prepare import PrepareConfig, prepare
 from hdc.data.synthetic import FPS, MOTIONS, TAKE_FRAMES, draw_takes
 from hdc.pretrain import make_views
 from hdc.share import Share
