@@ -16,7 +16,7 @@ nothing is compared across ranks. Every rank calls the loss, and its backward pa
 same order. When one doesn't, the others raise once the process group's timeout is over, saying what they wait for
 (with NCCL, its watchdog does). First derivatives only: a second one raises.
 
-Checked with gloo, in 2 to 4 processes. NCCL between several GPUs is not.
+Checked with gloo, in 2 to 4 processes. NCCL between several GPUs is not; it wants `torch.cuda.set_device` before.
 
     ranks.py          the group and how to use it
     rows.py           whose rows are where; totals; `share`, which a loss calls, gathers keys or lets them travel

@@ -53,7 +53,11 @@ class Arrival(NamedTuple):
 
 
 def pass_on(x: Tensor, into: Tensor, group: "ProcessGroup", what: str) -> Arrival:
-    """Send `x` to the next rank of the ring and receive `into` from the one before; nothing empty is sent."""
+    """Send `x` to the next rank of the ring and receive `into` from the one before; nothing empty is sent.
+
+    One batch, as NCCL wants it, which also wants all ranks in a group's first collective: either they all have
+    something to send, or their sizes were exchanged before.
+    """
     rank, size = group.rank(), group.size()
     x = x.contiguous()
     ends = [(dist.isend, x, (rank + 1) % size), (dist.irecv, into, (rank - 1) % size)]
