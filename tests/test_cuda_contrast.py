@@ -6,13 +6,11 @@ tensors. What takes small problems whole has a test of its own, `test_cuda_small
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_emulated
 import pytest
 import torch
 from contrast_problems import LAYOUTS, embeddings_of, exact, plainly, problems_of, spread, vectors
@@ -21,8 +19,6 @@ from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Mask, Problems, Terms, cuda, plain
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
-EMULATION = Path(__file__).with_name("cuda_emulation")
 SOURCES = (
     "contrast",
     "pack",
@@ -39,16 +35,10 @@ FLOAT32 = 2.0**-21  # a few roundings
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The sources, for one emulated device."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation")
-    target = tmp_path_factory.mktemp("contrast") / "contrast.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"]
-    flags += ["-D__CUDACC__", "-include", "warp.h"]
-    flags += ["-D__CUDA_ARCH_LIST__=800,860,900", "-DHDC_CUDA_PTX=100"]
-    include = ["-I", str(EMULATION), "-I", str(CSRC)]
-    sources = [*(CSRC / f"{name}.cu" for name in SOURCES), EMULATION / "one_launch.cpp"]
-    subprocess.run(["g++", *flags, *include, "-x", "c++", *sources, "-o", target], check=True)
-    return cuda.load(target)
+    flags = ["-D__CUDA_ARCH_LIST__=800,860,900", "-DHDC_CUDA_PTX=100"]
+    return cuda.load(
+        cuda_emulated.build(tmp_path_factory.mktemp("contrast"), "one_launch", SOURCES, flags)
+    )
 
 
 @pytest.fixture(autouse=True)

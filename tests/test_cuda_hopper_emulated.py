@@ -6,17 +6,13 @@ wgmma as the PTX manual describes them. It shows neither speed nor what the manu
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
+import cuda_emulated
 import pytest
 import torch
 from torch import Tensor
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
-EMULATION = Path(__file__).with_name("cuda_emulation")
 TYPES = {torch.bfloat16: 2, torch.float16: 3}
 LOG2_E = math.log2(math.e)
 
@@ -71,24 +67,18 @@ class GradientPass(ctypes.Structure):
     ]
 
 
-def build(name: str, folder: Path) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation")
-    include = ["-I", str(EMULATION), "-I", str(CSRC)]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-D__CUDACC__", *include]
-    target = folder / f"{name}.so"
-    subprocess.run(["g++", *flags, str(EMULATION / f"{name}.cpp"), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
-
-
 @pytest.fixture(scope="module")
 def logsumexp(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build("hopper_logsumexp", tmp_path_factory.mktemp("hopper"))
+    return ctypes.CDLL(
+        str(cuda_emulated.build(tmp_path_factory.mktemp("hopper"), "hopper_logsumexp"))
+    )
 
 
 @pytest.fixture(scope="module")
 def gradient(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build("hopper_gradient", tmp_path_factory.mktemp("hopper"))
+    return ctypes.CDLL(
+        str(cuda_emulated.build(tmp_path_factory.mktemp("hopper"), "hopper_gradient"))
+    )
 
 
 class Problem(NamedTuple):

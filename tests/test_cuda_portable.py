@@ -8,11 +8,10 @@ shows neither speed nor the last bits of exponentials.
 import ctypes
 import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from cuda_objects import CSRC
 from embeddings import randn
 from torch import Tensor
 
-EMULATION = Path(__file__).with_name("cuda_emulation")
 KERNELS = {"portable_logsumexp.cu": 8, "portable_gradient.cu": 16}  # by type, and columns or width
 TYPES = {"fp32": 0, "tf32": 1, "bf16": 2, "fp16": 3}
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,14 +39,10 @@ class Shapes(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation")
-    target = tmp_path_factory.mktemp("portable") / "portable.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-D__CUDACC__"]
-    include = ["-I", EMULATION, "-I", CSRC, "-include", EMULATION / "warp.h"]
-    sources = [EMULATION / "portable.cpp", "-x", "c++", *(CSRC / name for name in KERNELS)]
-    subprocess.run(["g++", *flags, *include, *sources, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    kernels = [Path(name).stem for name in KERNELS]
+    return ctypes.CDLL(
+        str(cuda_emulated.build(tmp_path_factory.mktemp("portable"), "portable", kernels))
+    )
 
 
 def tf32(x: Tensor) -> Tensor:

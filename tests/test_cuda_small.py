@@ -6,11 +6,9 @@ and ldmatrix follow the PTX manual's fragments. It shows neither speed nor the r
 
 import ctypes
 import math
-import shutil
 import struct
-import subprocess
-from pathlib import Path
 
+import cuda_emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,6 @@ from torch import Tensor
 from hdc_kernels.backends import Gradients, Problems, Terms
 from hdc_kernels.backends.outputs import empty_gradients, empty_rows
 
-EMULATION = Path(__file__).with_name("cuda_emulation")
 FORWARD, BACKWARD, STEP = range(3)
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 CALL, PROBLEM = struct.Struct("9qd9P"), struct.Struct("Pqq" * 4 + "4qd2P")
@@ -29,14 +26,7 @@ CALL, PROBLEM = struct.Struct("9qd9P"), struct.Struct("Pqq" * 4 + "4qd2P")
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation")
-    target = tmp_path_factory.mktemp("small") / "small.so"
-    include = ["-I", str(EMULATION), "-I", str(CSRC)]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-D__CUDACC__"]
-    command = ["g++", *flags, *include, str(EMULATION / "small.cpp"), "-o", str(target)]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(cuda_emulated.build(tmp_path_factory.mktemp("small"), "small")))
     library.workspace.restype = ctypes.c_int64
     return library
 
