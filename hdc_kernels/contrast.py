@@ -133,7 +133,7 @@ def _compiled(
     """Value, terms, hits and ranks in operators that the compiler knows."""
     if call.backend in PLAIN:
         return _plain(call, tau, bias, x, y)
-    tensors = (x, y, tau, bias, *(call.mask.ids or (None, None)), call.mask.left_out)
+    tensors = operators.inputs_of(call, tau, bias, x, y)
     options = operators.options_of(call)
     if call.weights is not None and _differentiable(tau, bias, x, y):
         total, terms, hits, ranks, _ = operators.contrast_total(*tensors, call.weights, *options)

@@ -180,9 +180,10 @@ def contrast_gradient(
 
 
 @contrast_gradient.register_fake
-def _(
+def empty_gradients(
     x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
 ) -> list[Tensor]:
+    """Room for (dτ, dbias if any, *dx, *dy)."""
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
     return [*scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
 
@@ -213,6 +214,13 @@ def make_call(
         ranked=ranked,
         beta=beta,
     )
+
+
+def inputs_of(
+    call: Call, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """What `INPUTS` names."""
+    return x, y, tau, bias, *call.without_tensors()[1]
 
 
 def options_of(call: Call) -> tuple[Any, ...]:

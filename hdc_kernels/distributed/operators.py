@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hdc_kernels import reference
 from hdc_kernels.call import Call
 from hdc_kernels.distributed import trip
 from hdc_kernels.distributed.collectives import SECOND_DERIVATIVE
@@ -15,11 +14,12 @@ from hdc_kernels.distributed.rows import Rows
 from hdc_kernels.operators import (
     INPUTS,
     OPTIONS,
+    empty_gradients,
     flat,
+    inputs_of,
     make_call,
     options_of,
     per_argument,
-    scalars,
 )
 
 RING = "str group, SymInt[] sizes, ScalarType? wire_dtype"  # `Rows`
@@ -34,10 +34,8 @@ def sums(
     y: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`trip.sum_over_blocks`, differentiable."""
-    bare, mask = call.without_tensors()
-    found: tuple[Tensor, Tensor] = ring_sums(
-        x, y, tau, bias, *mask, *_listed(rows), *options_of(bare)
-    )
+    inputs = inputs_of(call, tau, bias, x, y)
+    found: tuple[Tensor, Tensor] = ring_sums(*inputs, *_listed(rows), *options_of(call))
     return found
 
 
@@ -132,12 +130,7 @@ def ring_gradients(
     return [gradient.clone() for gradient in found]  # no views of what travelled together
 
 
-@ring_gradients.register_fake
-def _(
-    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
-) -> list[Tensor]:
-    d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
-    return [*scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
+ring_gradients.register_fake(empty_gradients)
 
 
 @torch.library.custom_op(
