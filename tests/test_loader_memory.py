@@ -1,6 +1,6 @@
 """A loader's worker does not grow: FFmpeg's memory is freed, and so are files and shared memory.
 
-HDC_LOADER_SECONDS=3600 pytest tests/test_loader_memory.py         an hour of it
+HDC_LOADER_SECONDS=3600 pytest -s tests/test_loader_memory.py      an hour of it
 """
 
 import os
@@ -71,5 +71,7 @@ def test_flat(
         next(batches)
         videos += BATCH
     for process, memory, count in zip(processes, start, files, strict=True):
-        assert private_memory(process) < memory + GROWTH, f"{videos} videos"
+        now = private_memory(process)
+        print(f"process {process}: {memory} kB after {WARM_UP} videos, {now} kB after {videos:,}")
+        assert now < memory + GROWTH, f"{videos} videos"
         assert open_files(process) <= count + 8  # the batches that are on their way
