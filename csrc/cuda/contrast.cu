@@ -301,7 +301,7 @@ using namespace hdc::cuda;
 int64_t hdc_cuda_workspace(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     Device device = {};
     if (find(device, call->device) != cudaSuccess) return 0;  // hdc_cuda_contrast will say why
-    if (small_fits(*call, problems, device.capability)) return small_workspace(*call, problems);
+    if (small_fits(*call, problems)) return small_workspace(*call, problems);
     Pieces pieces(nullptr);
     take_sums(*call, problems, pieces);
     for (int64_t k = 0; k < call->problems; ++k) lay_out(*call, problems[k], 0, 0, device, pieces);
@@ -314,8 +314,8 @@ int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(call->device));
     if (error != cudaSuccess) return error;
     const auto stream = static_cast<cudaStream_t>(call->stream);
-    return small_fits(*call, problems, device.capability) ? small_contrast(*call, problems, stream)
-                                                          : contrast(*call, problems, device, stream);
+    return small_fits(*call, problems) ? small_contrast(*call, problems, stream)
+                                       : contrast(*call, problems, device, stream);
 }
 
 const char* hdc_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

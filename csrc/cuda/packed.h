@@ -225,8 +225,8 @@ cudaError_t hopper_gradient(const GradientPass& pass, cudaStream_t stream);
 
 // --- Small: small.cu, everything from raw embeddings to results in one launch ---------------------------------------
 
-// Whether one launch takes the whole call on a device of this compute capability (90 is 9.0).
-bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems, int capability);
+// Whether one launch takes the whole call, on any device.
+bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems);
 // Bytes of `call.workspace` that it uses.
 int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems);
 // The whole call: see contrast.h.
