@@ -49,7 +49,8 @@ def describe(task, problems, terms, gradients, upstream, workspace) -> tuple[byt
     """The structs of contrast.h."""
     packed = bytearray()
     for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
-        matrices = [x, y, *((gradients.x[k], gradients.y[k]) if gradients else (None, None))]
+        slopes = [side[k] if side else None for side in (gradients or ((), ()))[:2]]
+        matrices = [x, y, *slopes]
         for t in matrices:
             packed += struct.pack(
                 "Pqq", *((t.data_ptr(), *t.stride()[:2]) if t is not None else (0, 0, 0))
@@ -84,7 +85,7 @@ def run(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Ter
     dtype = torch.float32 if upstream is None else None
     gradients = Gradients(
         empty_gradients(problems.x, dtype),
-        empty_gradients(problems.y, dtype),
+        empty_gradients(problems.y, dtype) if problems.needs_y else (),
         torch.full((), math.nan),
     )
     for t in (*gradients.x, *gradients.y, terms.loss, terms.lse):
@@ -196,6 +197,15 @@ def test_a_single_row_has_no_loss(kernel, dtype):
     assert (terms.lse == -math.inf).all()
     assert not gradients.x[0].any()
     assert not gradients.y[0].any()
+
+
+def test_gradients_that_nobody_needs(kernel):
+    """A queue of keys has none; that of x is the same."""
+    problems = problems_of([(1, 70, 80, 20)])
+    _, expected = run(kernel, problems)
+    _, gradients = run(kernel, problems._replace(needs_y=False))
+    assert torch.equal(gradients.x[0], expected.x[0])
+    assert error(gradients.temperature, expected.temperature.double()) < 1e-5
 
 
 def test_hits_ties_zeros_and_nan(kernel):

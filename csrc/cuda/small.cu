@@ -31,6 +31,7 @@
 // are 4.7 µs; with the launch and the ticket's memset about 8 µs of the 12 aimed at. float32: about 20 µs, by loads
 // from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16, 20,000 of them for products,
 // 5,000 for windows that slide; in float32 340,000, or 0.2 ms, two thirds of it logsumexps that all blocks repeat.
+// Whether the seven launches of the portable passes, which repeat nothing, take less there is to be measured.
 //
 // Decided on paper: while a window slides nobody multiplies, 1,000 clk for 64 rows of 512 bytes beside 800 to 1,700 of
 // products with them in 16 bits. At 256 dimensions no registers are left to hold the next rows meanwhile, and cp.async
@@ -247,12 +248,13 @@ bool aligned(const HdcCudaMatrix& matrix, int64_t bytes) {
            matrix.row_stride * bytes % 16 == 0;
 }
 
-// How many blocks share a problem: one for each of its tiles, but no more in all than there are processors.
+// How many blocks share a problem: one for each tile that has a gradient (or, without gradients, logsumexps of its own),
+// but no more in all than there are processors.
 int blocks_of(const HdcCudaCall& call, const HdcCudaProblem* problems, int64_t count, int processors) {
     int most = 1;
     for (int64_t k = 0; k < call.problems; ++k) {
-        const int x_tiles = tiles(int(problems[k].rows)), y_tiles = tiles(int(problems[k].columns));
-        most = std::max(most, call.task == HDC_CUDA_FORWARD ? x_tiles : x_tiles + y_tiles);
+        const int y_tiles = problems[k].dy.data ? tiles(int(problems[k].columns)) : 0;
+        most = std::max(most, tiles(int(problems[k].rows)) + y_tiles);
     }
     static_assert(2 * (LONGEST / TILE) <= MOST_BLOCKS);
     return int(std::max(int64_t{1}, std::min(int64_t{most}, processors / count)));
