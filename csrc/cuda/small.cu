@@ -18,7 +18,8 @@
 // exactly, by FMA.
 //
 // Memory of a block: 14.5 KB of numbers by row, 256·(depth + 4) bytes of the teams' sums, and of each side a window of
-// unit vectors, depth·bytes + 16 each (small_windows.cuh). The device decides (`room_of`); from much memory to little:
+// unit vectors, of depth·bytes + 16, at most 528 (small_windows.cuh). `room_of` looks at what the device has; from much
+// to little:
 //     both sides whole, the sums behind them          118 KB for 128 × 128 × 128 in 16 bits
 //     both sides whole, the sums over them at last    84 KB; a block's next tile loads them again
 //     windows that slide, the sums over them          82 KB and up, for any rows, columns and depth
@@ -31,7 +32,7 @@
 // are 4.7 µs; with the launch and the ticket's memset about 8 µs of the 12 aimed at. float32: about 20 µs, by loads
 // from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16, 20,000 of them for products,
 // 5,000 for windows that slide; in float32 340,000, or 0.2 ms, two thirds of it logsumexps that all blocks repeat.
-// Whether the seven launches of the portable passes, which repeat nothing, take less there is to be measured.
+// Whether the eight launches of the portable way, which repeat nothing, take less there is to be measured.
 //
 // Decided on paper: while a window slides nobody multiplies, 1,000 clk for 64 rows of 512 bytes beside 800 to 1,700 of
 // products with them in 16 bits. At 256 dimensions no registers are left to hold the next rows meanwhile, and cp.async
@@ -248,8 +249,8 @@ bool aligned(const HdcCudaMatrix& matrix, int64_t bytes) {
            matrix.row_stride * bytes % 16 == 0;
 }
 
-// How many blocks share a problem: one for each tile that has a gradient (or, without gradients, logsumexps of its own),
-// but no more in all than there are processors.
+// How many blocks share a problem: one for each tile that gets a gradient, or without gradients for each of x, but no
+// more in all than there are processors.
 int blocks_of(const HdcCudaCall& call, const HdcCudaProblem* problems, int64_t count, int processors) {
     int most = 1;
     for (int64_t k = 0; k < call.problems; ++k) {
