@@ -314,7 +314,7 @@ def test_everything_has_room(kernel, capability):
     assert found[:3] == [128, 128, capability != 86]
 
 
-@pytest.mark.parametrize("target", ["80", "86", "89", "90a"])
+@pytest.mark.parametrize("target", ["80", "86", "90a"])  # 8.9 has the registers and memory of 8.6
 def test_nothing_spills_and_products_run_on_tensor_cores(compile_kernels, library, target):
     """And shared memory beside what `room_of` deals out is what it takes it to be."""
     compiled = compile_kernels(CSRC / "small.cu", target)
