@@ -514,6 +514,34 @@ def test_without_gradients_of_y(function: Function) -> None:
                 assert torch.equal(ours, same)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("function", ["info_nce", "logsumexp"])
+@pytest.mark.parametrize("dtype", FULL)
+def test_without_gradients_of_y_over_blocks(
+    dtype: torch.dtype, function: Function, threads: int
+) -> None:
+    """Sums of blocks so far are scaled down as maxima rise: logits rise by 30 in all, and in some rows fall."""
+    shape = (1, 20, 400, 9)
+    problems = sums_of(function, [shape], dtype, tau=0.06)
+    ascent = torch.linspace(-1, 1, 400, dtype=dtype).unsqueeze(1)
+    direction = randn(9, seed=7, dtype=dtype)
+    x, y = 0.3 * problems.x[0] + direction, 0.3 * problems.y[0] + ascent * direction
+    x[0, 15:] *= -1
+    ids = torch.arange(20).unsqueeze(0) % 5, torch.arange(400).unsqueeze(0) // 100
+    ids[1][0, 150] = 4  # the rows of id 4 begin with a block of which nothing counts
+    for mask in (EVERYTHING, Mask(ids=ids), Mask(ids=ids, same=True)):
+        problems = problems._replace(x=(x,), y=(y,), mask=mask, ranked=function == "info_nce")
+        with on_threads(threads):
+            whole, gradients = cpu.step(problems)
+            terms, alone = cpu.step(problems._replace(needs_y=False))
+        assert alone.y == ()
+        found = terms, alone._replace(y=gradients.y)
+        assert_equals_truth(problems, found, evaluate(problems))
+        assert torch.equal(terms.hits, whole.hits)
+        if terms.ranks is not None and whole.ranks is not None:
+            assert torch.equal(terms.ranks, whole.ranks)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", FLOATING)
