@@ -99,7 +99,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="spent on each contender in each case; default: %(default)s",
     )
     add(
-        "--limit", type=float, default=60, help="seconds that a step may take; default: %(default)s"
+        "--limit",
+        type=float,
+        default=60,
+        help="seconds that a step of others may take; default: %(default)s",
     )
     add("--quick", action="store_true", help="leave out what compiles")
     add("--out", type=Path, help="default: bench/results/DEVICE-DATE.json")
