@@ -28,7 +28,7 @@ class InfoNCEMetrics(NamedTuple):
     accuracy: the share of rows whose positive is closer than every negative; float32, no dimension.
     rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
     logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator; DCL's has no
-        positive in it.
+        positive in it, and HN-NCE's is that of its own formula, of weighted negatives.
 
     With two directions (CLIP, `symmetric`), loss and logsumexp are the mean of both, accuracy and rank those of the
     first, from query to key.

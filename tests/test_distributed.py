@@ -522,6 +522,8 @@ def metrics(rank: int, world_size: int) -> None:
             (fused_siglip, {"ids": labels}),
             (fused_dcl, {}),
             (fused_dclw, {}),
+            (fused_hn_nce, {"labels": labels}),
+            (partial(fused_hn_nce, beta=0.0, symmetric=True), {}),
         ):
             rest = {name: t.split(sizes)[rank] for name, t in options.items()}
             parts = [t.split(sizes)[rank] for t in (x, y)]

@@ -40,7 +40,7 @@ from hdc_kernels import reference
 from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, Terms, cpu, plain
 from hdc_kernels.checks import FLOATING, Reduction
 from hdc_kernels.contrast import contrast
-from hdc_kernels.pairwise import logsumexp, softplus_sum, tilted_mean
+from hdc_kernels.pairwise import logsumexp, softplus_sum, sums
 
 REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean")
 FUNCTIONS: tuple[Function, ...] = ("info_nce", "logsumexp", "softplus", "tilted")
@@ -807,7 +807,7 @@ def all_functions(
     found = (
         logsumexp(x, y, temperature=tau, **options),
         softplus_sum(x, y, bias, temperature=tau, **options),
-        tilted_mean(x, y, 0.7, temperature=tau, **options),
+        sums("tilted", x, y, beta=0.7, temperature=tau, **options).value,
     )
     return torch.cat([f.flatten() for f in found])
 
