@@ -321,6 +321,19 @@ def test_half_precision_is_no_worse_than_plain(
         assert (our - slope).norm() <= 2 * (their - slope).norm()
 
 
+@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_changes_nothing(dtype: torch.dtype, tau_plus: float) -> None:
+    """Not a bit of loss and gradients, whatever the encoder runs in."""
+    pair = leaf(9, 16, dtype=torch.float32), leaf(9, 16, seed=1, dtype=torch.float32)
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = fused_hn_nce(*pair, tau_plus=tau_plus)
+        found.append((loss, *torch.autograd.grad(loss, pair)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_with_weights_is_no_worse_than_plain(dtype: torch.dtype) -> None:
     """Of queries."""
