@@ -112,6 +112,20 @@ def test_weights_and_smoothing(
     agree(fused, whole, *inputs)
 
 
+@pytest.mark.parametrize(("ours", "matrix"), LOSSES)
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+def test_one_sample(epsilon: float, matrix: Any, ours: Any) -> None:
+    """NT-Xent and CLIP have then nothing to tell apart, MoCo has its queue."""
+    agree(
+        lambda x, y, t: ours(x, y, temperature=t, label_smoothing=epsilon),
+        lambda x, y, t: exact(matrix(x, y, t, None), None, epsilon, "mean"),
+        randn(1, 4),
+        randn(1, 4, seed=1),
+        TAU,
+        floor=1.0,
+    )
+
+
 @pytest.mark.parametrize("ours", [ours for ours, _ in LOSSES])
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
