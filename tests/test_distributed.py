@@ -267,6 +267,7 @@ CASES = {
 }
 # What does not care how many ranks there are: it is checked on two.
 OPTIONS = {
+    "nt_xent smoothed": Case(partial(nt_xent, label_smoothing=0.1), pair, 1),
     "siglip ids": Case(siglip_ids, labelled),
     "siglip weights": Case(siglip, weighted),
     "dcl sample weights": Case(dcl, weighted, 1),
