@@ -36,7 +36,10 @@ from hdc_kernels import (
     fused_siglip,
     fused_sup_con,
 )
-from hdc_kernels.distributed import Ranks
+from hdc_kernels.backends import Mask
+from hdc_kernels.call import Call
+from hdc_kernels.distributed import Ranks, operators
+from hdc_kernels.distributed.rows import Rows
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -488,6 +491,32 @@ def compare_compiled(
         torch.testing.assert_close(gradient, expected[key], rtol=1e-11, atol=1e-13)
 
 
+def sound_operators(rank: int, world_size: int) -> None:
+    """Schemas, fake tensors, autograd and dynamic shapes of the ring's operators, by `torch.library.opcheck`."""
+    x, y = (randn(3, 1, WIDTH, seed=2 * rank + k).requires_grad_() for k in range(2))
+    ids = torch.arange(3 * world_size) % 4
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    rows = Rows(Ranks(dist.group.WORLD), (3,) * world_size)
+    mask = Mask(diagonal=True, ids=(ids[3 * rank :][None, :3], ids[None]))
+    call = Call("cpu", None, 0.0, False, True, 1, 1, "logsumexp", mask)
+
+    def checked(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            torch.library.opcheck(operator, arguments)
+            return operator(*arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ring_sums", "ring_gradients", "ring_label_sums", "ring_label_gradient"):
+            patch.setattr(operators, name, checked(getattr(operators, name)))
+        operators.sums(call, rows, tau, None, [x], [y])[0].sum().backward()
+        softplus = call._replace(function="softplus", ranked=True)
+        operators.sums(softplus, rows, tau, bias, [x], [y])[0].sum().backward()
+        operators.label_sums(y[:, 0], ids, ids[3 * rank :][:3], rows).sum().backward()
+
+
 def queue_of_all(rank: int, world_size: int) -> None:
     """Every rank's keys, in the order of the ranks, on every rank."""
     queue, expected = Queue(7, 2), Queue(7, 2)
@@ -674,6 +703,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
                 checks["subgroup"] = subgroup
             if world_size == 2:
                 checks["compiled"] = compiled
+                checks["sound_operators"] = sound_operators
                 checks |= {name: partial(every_loss, name, "uneven") for name in OPTIONS}
             known[world_size] = processes.run(checks, world_size, tmp_path_factory.mktemp("ranks"))
         return known[world_size]
@@ -705,4 +735,9 @@ def test_subgroup(results: Callable[[int], dict[str, str]]) -> None:
 def test_compiled(results: Callable[[int], dict[str, str]]) -> None:
     """By `torch.compile(fullgraph=True)`."""
     problem = results(2)["compiled"]
+    assert not problem, problem
+
+
+def test_sound_operators(results: Callable[[int], dict[str, str]]) -> None:
+    problem = results(2)["sound_operators"]
     assert not problem, problem
