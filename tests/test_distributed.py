@@ -459,24 +459,32 @@ def compiled(rank: int, world_size: int) -> None:
         "hn_nce",
         "sup_con out",
     )
-    for name, strategy in product(names, STRATEGIES):
-        case = CASES[name]
-        inputs = case.inputs([2] * world_size)
-        results = []
-        group = Ranks(dist.group.WORLD, strategy=strategy, even_batches=True)
-        for loss in (case.loss, torch.compile(case.loss, backend="aot_eager", fullgraph=True)):
-            local = {
-                k: (p.of(rank) if isinstance(p, Part) else p).clone() for k, p in inputs.items()
-            }
-            results.append(
-                differentiate(
-                    case._replace(loss=loss), local, "mean", group, torch.tensor(1.5).double()
-                )
-            )
-        (value, gradients), (exact, expected) = results
-        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
-        for key, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-11, atol=1e-13)
+    # Gathering compiles alike for all; a trip around the ring has operators for each kind of sum.
+    gathered = ("info_nce ids", "sup_con out")
+    for name, strategy in (*product(names, ["ring"]), *product(gathered, ["gather"])):
+        compare_compiled(CASES[name], strategy, rank, world_size, fullgraph=True)
+    plain = CASES["info_nce chunked"]
+    compare_compiled(plain, "ring", rank, world_size, fullgraph=False)
+    with pytest.raises(RuntimeError, match="use a backend with kernels, or strategy='gather'"):
+        compare_compiled(plain, "ring", rank, world_size, fullgraph=True)
+
+
+def compare_compiled(
+    case: Case, strategy: str, rank: int, world_size: int, *, fullgraph: bool
+) -> None:
+    """Value and gradients of a loss and of the same one compiled."""
+    torch.compiler.reset()  # or what was compiled with graph breaks would be taken for the full graph, too
+    inputs = case.inputs([2] * world_size)
+    results = []
+    group = Ranks(dist.group.WORLD, strategy=strategy, even_batches=True)
+    for loss in (case.loss, torch.compile(case.loss, backend="aot_eager", fullgraph=fullgraph)):
+        local = {k: (p.of(rank) if isinstance(p, Part) else p).clone() for k, p in inputs.items()}
+        compared = case._replace(loss=loss)
+        results.append(differentiate(compared, local, "mean", group, torch.tensor(1.5).double()))
+    (value, gradients), (exact, expected) = results
+    torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-11, atol=1e-13)
 
 
 def queue_of_all(rank: int, world_size: int) -> None:
