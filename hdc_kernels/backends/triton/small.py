@@ -8,20 +8,22 @@ product, so launches are all that costs time.
 
 A program owns BLOCK rows of a problem, or as many columns, and waits for no other:
 
-    1. logsumexps of its rows, or of the rows that its columns are positives of; if symmetric, of such columns too
+    1. logsumexps of its rows, or of the rows whose positives its columns are; if symmetric, of such columns too
     2. terms and hits, if it owns rows
-    3. its gradient: coefficients beside a block of the other side at a time, times that block
+    3. its gradient, from its positives and the other side's vectors, a block at a time
 
-Coefficients are weighted probabilities of rows (if symmetric, of columns too), so who owns columns needs the
-logsumexps of all rows. It takes them in 3, block by block: one product more, the same in every such program,
-which run beside each other where a second launch would have to wait. Those of an earlier launch it reads.
+There the other side's vectors are weighted with probabilities of rows (if symmetric, of columns too), so who
+owns columns needs the logsumexp of every row. It takes them block by block as it comes to them: one product
+more, the same in every such program, which run beside each other where a second launch would have to wait.
+Logsumexps of an earlier launch it reads instead.
+
 Embeddings are read through their own strides, from the cache when it is not for the first time, and nothing
 but results is written.
 
-On paper, for the 17 problems on an H100: 136 programs on 132 multiprocessors, each of at most 1.5 products of
-4.2 MFLOP. In bf16 (7.5 TFLOP/s a multiprocessor) that is 1 µs and waiting is the rest: some 30 tiles, one after
-the other, are loaded, normalised and multiplied. Float32, multiplied exactly (0.5 TFLOP/s), takes 13 µs at
-best, in which the repeated product shows: `fits` ends earlier there.
+On paper, for the 17 problems on an H100: 136 programs on 132 multiprocessors, each of at most 1.75 products of
+4.2 MFLOP. In bf16 (7.5 TFLOP/s a multiprocessor) these take 1 µs; 14 tiles, which are loaded, normalised and
+multiplied one after the other, take more. Float32, multiplied exactly (0.5 TFLOP/s), takes 15 µs at best, most
+of it the repeated product: `fits` ends earlier there.
 
 No GPU has run this yet: the figures are arithmetic, and the blocks are chosen by registers.
 """
