@@ -3,10 +3,10 @@
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
                                                      or target:dtype:augment:batch×frames
 
-"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus.
+"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only).
 
-No GPU takes part. The launches that `step` or `augment_clips` makes are recorded, not run, and compiled with the
-same arguments' types for several targets; registers, stack and instructions are read from the binaries.
+No GPU takes part. The launches that `step`, `backward` or `augment_clips` makes are recorded, not run, and compiled
+with the same arguments' types for several targets; registers, stack and instructions are read from the binaries.
 TRITON_INTERPRET must not be set.
 """
 
@@ -71,14 +71,15 @@ def record(module: Any, call: Callable[[], Any]) -> list[Any]:
 
 
 def step(dtype: str, precision: str, rows: str, dimensions: str, what: str) -> list:
-    """The launches of one step."""
+    """The launches of one step, or backward pass."""
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
     module = small if small.fits(problems) else general
     empty = outputs.empty_rows(problems)
     dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     d_bias = () if module is small else (problems.bias,)
-    return record(module, lambda: module.contrast(problems, empty, None, dx, dy, *d_bias))
+    upstream = torch.empty_like(empty.loss) if "backward" in what else None
+    return record(module, lambda: module.contrast(problems, empty, upstream, dx, dy, *d_bias))
 
 
 def augment(dtype: str, shape: str) -> list[Any]:

@@ -169,7 +169,7 @@ def contrast_kernel(
         pull = row_weight + column_weight
         largest = tl.maximum(tl.max(tl.abs(pull), 0), 1e-30)  # of the weights so far, never 0
         partner, _partner_inverse = _units(other, row, NORMALIZE, BLOCK_D)
-        gradient = partner * (pull * (-GAIN / largest))[:, None]
+        gradient = -partner * (pull * (GAIN / largest))[:, None]
         mine, inverse = _factors(own, row, NORMALIZE, BLOCK_D)
         for first in range(0, other[2], BLOCK):
             column = first + tl.arange(0, BLOCK)
