@@ -267,6 +267,7 @@ CASES = {
 }
 # What does not care how many ranks there are: it is checked on two.
 OPTIONS = {
+    "nt_xent smoothed": Case(partial(nt_xent, label_smoothing=0.1), pair, 1),
     "siglip ids": Case(siglip_ids, labelled),
     "siglip weights": Case(siglip, weighted),
     "dcl sample weights": Case(dcl, weighted, 1),
@@ -530,6 +531,8 @@ def metrics(rank: int, world_size: int) -> None:
             (fused_siglip, {"ids": labels}),
             (fused_dcl, {}),
             (fused_dclw, {}),
+            (fused_hn_nce, {"labels": labels}),
+            (partial(fused_hn_nce, beta=0.0, symmetric=True), {}),
         ):
             rest = {name: t.split(sizes)[rank] for name, t in options.items()}
             parts = [t.split(sizes)[rank] for t in (x, y)]
