@@ -120,12 +120,15 @@ def scale(
 ) -> list[Tensor]:
     """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16).
 
-    Those of the embeddings, behind the first `scalars`, become `dtype`.
+    Those of the embeddings, behind the first `scalars`, become `dtype`. On a GPU that is one launch, or two if
+    the dtypes differ, for HD-NCE's twelve tensors too.
     """
-    return [
-        *(d * upstream for d in made[:scalars]),
-        *((d * upstream).to(dtype) for d in made[scalars:]),
-    ]
+    scaled = list(torch._foreach_mul(list(made), upstream))
+    embeddings = scaled[scalars:]
+    if embeddings[0].dtype != dtype:
+        embeddings = [torch.empty_like(d, dtype=dtype) for d in embeddings]
+        torch._foreach_copy_(embeddings, scaled[scalars:])
+    return [*scaled[:scalars], *embeddings]
 
 
 def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

@@ -34,7 +34,13 @@ triton_backend = pytest.importorskip("hdc_kernels.backends.triton", exc_type=Mod
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of log(0)
 
 HALVES = torch.bfloat16, torch.float16
-MODES = ("float32", "general"), ("bfloat16", "general"), ("float16", "small"), ("bfloat16", "small")
+MODES = (
+    ("float32", "general"),
+    ("bfloat16", "general"),
+    ("float32", "small"),
+    ("float16", "small"),
+)
+HALF_MODES = ("bfloat16", "general"), ("bfloat16", "small"), ("float16", "small")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +98,28 @@ def test_agrees_with_float64(dtype, path, shape, symmetric):
 def test_agrees_beyond_one_block(path, dtype, shape, symmetric):
     G, M, N, D = shape
     check(make([(G, M, M if symmetric else N, D)], getattr(torch, dtype), symmetric=symmetric))
+
+
+@pytest.mark.parametrize("path", ["small"], indirect=True)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_agrees_in_chunks_of_dimensions(path, dtype, symmetric):
+    """Pairs of different depth, with more blocks of columns than of rows."""
+    shapes = [(1, 17, 17 if symmetric else 36, 136), (1, 20, 20, 24)]
+    problems = make(shapes, getattr(torch, dtype), symmetric=symmetric)
+    check(problems)
+    check(problems, torch.linspace(0.5, 2, 37, device=DEVICE))
+
+
+@pytest.mark.parametrize("path", ["small"], indirect=True)
+def test_keys_that_need_no_gradient(path):
+    """A queue of keys: half of the programs are not started, and the rest is the same."""
+    problems = make([(2, 33, 40, 16)])
+    expected_terms, expected = triton_backend.step(problems)
+    terms, gradients = triton_backend.step(problems._replace(needs_y=False))
+    assert torch.equal(terms.total, expected_terms.total)
+    assert torch.equal(gradients.x[0], expected.x[0])
+    assert torch.equal(gradients.temperature, expected.temperature)
 
 
 @pytest.mark.parametrize("shape", [(1, 150, 170, 24), (1, 24, 40, 200)])
@@ -282,18 +310,20 @@ def test_any_problem(data):
         assert float((mine[here].double() - wanted[here]).norm()) <= bound, (name, problems)
 
 
+@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("noise", [None, 1e-3])
 def test_float32_is_accurate(path, noise, symmetric):
     check(make([(1, 70, 70, 64)], noise=noise, symmetric=symmetric), bound=3e-6)
 
 
-@pytest.mark.parametrize(("dtype", "path"), MODES[1:], indirect=["path"])
+@pytest.mark.parametrize(("dtype", "path"), HALF_MODES, indirect=["path"])
 def test_half_precision_is_accurate_once_converged(dtype, path):
     problems = make([(1, 48, 48, 32)], getattr(torch, dtype), noise=0.05)
     check(problems)
 
 
+@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.013, 0.07, 10.0])
@@ -311,6 +341,7 @@ def test_temperature_in_a_tensor_of_any_dtype(path, kind):
     assert ours(problems).temperature.dtype == torch.float32
 
 
+@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("temperature", [0.005, 0.0124, 0.0135, 0.02])
 def test_negatives_may_be_as_far_as_can_be(path, temperature, learned):
@@ -406,6 +437,7 @@ def test_hits_and_lse(dtype, path, symmetric):
     assert error(terms.lse, expected) < torch.finfo(problems.x[0].dtype).eps
 
 
+@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "factor"),
     [("float32", 1e30), ("float32", 1e-9), ("bfloat16", 1e35), ("float16", 1e4)],
@@ -487,8 +519,18 @@ def test_same_bits_every_time(dtype, path, symmetric):
         assert torch.equal(gradients.temperature, first.temperature)
 
 
-def test_the_path_follows_from_the_size(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "products", "path"),
+    [
+        ((1, 256, 256, 256), "bfloat16", "highest", "small"),
+        ((1, 4, 257, 8), "float16", "highest", "general"),
+        ((1, 4, 8, 257), "float16", "highest", "general"),
+        ((1, 4, 256, 8), "float32", "high", "small"),
+        ((1, 4, 128, 8), "float32", "highest", "small"),
+        ((1, 4, 129, 8), "float32", "highest", "general"),
+    ],
+)
+def test_the_path_follows_from_the_size(monkeypatch, shape, dtype, products, path):
     taken = []
     for name in ("small", "general"):
         module = getattr(triton_backend, name)
@@ -497,10 +539,18 @@ def test_the_path_follows_from_the_size(monkeypatch):
             "contrast",
             lambda problems, rows, *_, name=name: (taken.append(name), (rows.loss, rows.loss))[1],
         )
-    for shape, dtype in (((1, 128, 128, 128), HALVES[0]), ((1, 4, 129, 8), HALVES[1])):
-        triton_backend.forward(make([shape], dtype))
-    triton_backend.forward(make([(1, 4, 4, 8)], torch.float32))
-    assert taken == ["small", "general", "general"]
+    torch.set_float32_matmul_precision(products)
+    triton_backend.forward(make([shape], getattr(torch, dtype)))
+    assert taken == [path]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
+@pytest.mark.parametrize("noise", [None, 1e-3])
+def test_tf32_is_as_accurate_as_plain_tf32(path, noise):
+    torch.set_float32_matmul_precision("high")
+    check(make([(17, 128, 128, 128)], noise=noise))
 
 
 def test_float64_is_refused():

@@ -3,10 +3,10 @@
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
                                                      or target:dtype:augment:batch×frames
 
-"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus.
+"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only).
 
-No GPU takes part. The launches that `step` or `augment_clips` makes are recorded, not run, and compiled with the
-same arguments' types for several targets; registers, stack and instructions are read from the binaries.
+No GPU takes part. The launches that `step`, `backward` or `augment_clips` makes are recorded, not run, and compiled
+with the same arguments' types for several targets; registers, stack and instructions are read from the binaries.
 TRITON_INTERPRET must not be set.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.int64: "*i64",
@@ -70,15 +70,16 @@ def record(module: Any, call: Callable[[], Any]) -> list[Any]:
     return launches
 
 
-def step(target: str, dtype: str, precision: str, rows: str, dimensions: str, what: str) -> list:
-    """The launches of one step."""
+def step(dtype: str, precision: str, rows: str, dimensions: str, what: str) -> list:
+    """The launches of one step, or backward pass."""
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
-    module = small if small.fits(problems, CAPABILITIES[target]) else general
+    module = small if small.fits(problems) else general
     empty = outputs.empty_rows(problems)
     dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     d_bias = () if module is small else (problems.bias,)
-    return record(module, lambda: module.contrast(problems, empty, None, dx, dy, *d_bias))
+    upstream = torch.empty_like(empty.loss) if "backward" in what else None
+    return record(module, lambda: module.contrast(problems, empty, upstream, dx, dy, *d_bias))
 
 
 def augment(dtype: str, shape: str) -> list[Any]:
@@ -181,15 +182,24 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
 
 
 def main() -> None:
-    for case in sys.argv[1:]:
-        target, dtype, *rest = case.split(":")
-        tiles.AMD = target.startswith("gfx")
-        launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(target, dtype, *rest)
-        for kernel, args, options in launches:
-            compiled_source, flags = source(kernel, args, options)
-            compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)
-            found = {"case": case, "kernel": kernel.__name__, **resources(compiled, target)}
-            print(json.dumps(found), flush=True)
+    read: dict[
+        str, Future[dict[str, Any]]
+    ] = {}  # by the hash of what was compiled: cases share kernels
+    found = []
+    # Reading takes as long as compiling, in processes of its own: both at once.
+    with ThreadPoolExecutor() as pool:
+        for case in sys.argv[1:]:
+            target, dtype, *rest = case.split(":")
+            tiles.AMD = target.startswith("gfx")
+            launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(dtype, *rest)
+            for kernel, args, options in launches:
+                compiled_source, flags = source(kernel, args, options)
+                compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)
+                if compiled.hash not in read:
+                    read[compiled.hash] = pool.submit(resources, compiled, target)
+                found.append((case, kernel.__name__, compiled.hash))
+    for case, name, key in found:
+        print(json.dumps({"case": case, "kernel": name, **read[key].result()}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,18 @@
 """The Triton backend: GPUs, and CPU tensors under Triton's interpreter.
 
-Where one program can hold a problem, `small` does everything in one launch; elsewhere `general` runs a
-handful of kernels. No launch synchronises, reads a temperature on the host or adds atomically: results
-are the same bit by bit from run to run, and a CUDA graph may capture them.
+Small problems are for `small`, one launch for all of them; others for `general`, a handful of launches for
+every run of pairs of the same shape. No launch synchronises, reads a temperature on the host or adds
+atomically: results are the same bit by bit from run to run, and a CUDA graph may capture them.
+
+Launches of a loss with one run of pairs, as `tests/test_launches.py` counts them:
+
+    `small`      sum or mean      forward 2    backward 1, with 16-bit inputs 2
+                 a term per row           2             2
+    `general`    sum or mean              8             1, with 16-bit inputs 2
+                 a term per row           4             6
+
+Among them are PyTorch's: one sum over what programs leave (`general` takes two where it makes gradients), and
+`call.scale`, which is all of the backward pass where the forward pass has made the gradients.
 """
 
 from contextlib import nullcontext
@@ -112,9 +122,7 @@ def _launch(
     d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     device = problems.x[0].device
-    on_gpu = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        if small.fits(problems, capability):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if small.fits(problems):
             return small.contrast(problems, rows, upstream, dx, dy)
         return general.contrast(problems, rows, upstream, dx, dy, d_bias)

@@ -17,8 +17,8 @@ def of_pair(values, firsts, problem):
 
 
 @triton.jit
-def rows_of_pair(tensors, strides, firsts, problem, row, BLOCK_D: tl.constexpr):
-    """Pointers to rows [R, BLOCK_D] of a problem, in whichever pair's tensor it is.
+def matrix_of_pair(tensors, strides, firsts, problem):
+    """Where a problem's matrix starts, in whichever pair's tensor it is, and the stride of its rows.
 
     `strides` are those of problem and row, a pair; that of the dimensions is 1.
     """
@@ -28,6 +28,13 @@ def rows_of_pair(tensors, strides, firsts, problem, row, BLOCK_D: tl.constexpr):
         here = problem >= first
         pointer = tl.where(here, tensors[pair] + (problem - first) * strides[pair][0], pointer)
         stride = tl.where(here, strides[pair][1], stride)
+    return pointer, stride
+
+
+@triton.jit
+def rows_of_pair(tensors, strides, firsts, problem, row, BLOCK_D: tl.constexpr):
+    """Pointers to rows [R, BLOCK_D] of a problem."""
+    pointer, stride = matrix_of_pair(tensors, strides, firsts, problem)
     return pointer + row[:, None].to(tl.int64) * stride + tl.arange(0, BLOCK_D)[None, :]
 
 

@@ -2,6 +2,9 @@
 
     forward:   pack → logsumexp (→ logsumexp of the columns) → terms
     backward:  pack → weights → gradient of x → gradient of y → unpack
+    step:      pack → logsumexp (→ …) → terms with weights → gradient of x → gradient of y → unpack
+
+and a sum of what the programs of terms and of unpack leave.
 
 Memory besides the results: unit vectors in the inputs' dtype, their gradients in float32, and a few
 numbers a row; never a matrix of logits.
@@ -17,15 +20,15 @@ from hdc_kernels.backends import Problems
 from hdc_kernels.backends.outputs import Rows
 from hdc_kernels.backends.triton import tiles
 from hdc_kernels.backends.triton.arithmetic import LOG2_E
-from hdc_kernels.backends.triton.gradient import gradient_kernel, weights_kernel
+from hdc_kernels.backends.triton.gradient import gradient_kernel
 from hdc_kernels.backends.triton.logsumexp import (
     ONE_PASS,
     fixed_shift,
     logsumexp_kernel,
-    terms_kernel,
 )
 from hdc_kernels.backends.triton.memory import precision, strides
 from hdc_kernels.backends.triton.pack import pack_kernel
+from hdc_kernels.backends.triton.terms import terms_kernel, weights_kernel
 from hdc_kernels.backends.triton.unpack import unpack_kernel
 
 ROWS = 128  # of one program that does nothing but arithmetic on rows
@@ -46,6 +49,15 @@ class Units(NamedTuple):
     x: Side
     y: Side
     positive: Tensor | None  # [G, M] float32
+
+
+class Weights(NamedTuple):
+    """What `gradient_kernel` multiplies exponentials with; see `terms.py`."""
+
+    pull: Tensor | None  # [1 or 2, G, padded], if there are positives
+    share: Tensor  # [1 or 2, G, padded]
+    shift: Tensor
+    largest: Tensor  # [G, blocks]
 
 
 def same_shapes(problems: Problems) -> list[Problems]:
@@ -180,8 +192,38 @@ def _sums(
     return highest, total, diagonal, column_total
 
 
-def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
-    """Fill in the terms of pairs of one shape; parts of their weighted sum."""
+def _empty_weights(problems: Problems, units: Units) -> Weights:
+    """Room for the weights of pairs of one shape."""
+    G, padded, _ = units.x.units.shape
+    per_row = (1 + problems.symmetric, G, padded)
+    share, shift = _float32(units.x.units, 2, *per_row)
+    pull = None if units.positive is None else _float32(units.x.units, *per_row)
+    return Weights(pull, share, shift, _float32(units.x.units, G, triton.cdiv(padded, ROWS)))
+
+
+def _weights(
+    problems: Problems, units: Units, lse: Tensor, upstream: Tensor | None, weights: Weights
+) -> None:
+    """Fill in the weights of pairs of one shape."""
+    G, padded, _ = units.x.units.shape
+    weights_kernel[(weights.largest.numel(),)](
+        units.positive,
+        lse[0],
+        lse[-1],
+        upstream,
+        problems.bias,
+        *weights,
+        units.x.length,
+        G,
+        padded,
+        FUNCTION=problems.function,
+        SYMMETRIC=problems.symmetric,
+        ROWS=ROWS,
+    )
+
+
+def _terms(problems: Problems, units: Units, terms: Rows, weights: Weights | None) -> Tensor:
+    """Fill in the terms, and weights, of pairs of one shape; parts of their weighted sum."""
     x, y, positive = units
     shift = fixed_shift(problems, y.length)
     running = shift is None
@@ -210,6 +252,8 @@ def _terms(problems: Problems, units: Units, terms: Rows) -> Tensor:
         terms.lse[0],
         terms.lse[-1],
         weighted,
+        problems.bias,
+        *(weights or (None, None, None, None)),
         x.length,
         total.shape[0],
         column_total.shape[0],
@@ -289,38 +333,15 @@ def _sums_gradient(
 def _gradients(
     problems: Problems,
     units: Units,
-    lse: Tensor,
-    upstream: Tensor | None,
+    weights: Weights,
     dx: tuple[Tensor, ...],
     dy: tuple[Tensor, ...],
     d_bias: Tensor | None,
 ) -> Tensor:
     """Fill in the gradients of pairs of one shape; parts of the temperature's."""
-    x, y, positive = units
+    x, y, _ = units
     G, padded, depth = x.units.shape
-    per_row = (1 + problems.symmetric, G, padded)
-    share, shift = _float32(x.units, 2, *per_row)
-    weight = None if positive is None else _float32(x.units, *per_row)
-    largest = _float32(x.units, G, triton.cdiv(padded, ROWS))
-    weights_kernel[(largest.numel(),)](
-        positive,
-        lse[0],
-        lse[-1],
-        problems.bias,
-        problems.weights,
-        _firsts(problems),
-        upstream,
-        weight,
-        share,
-        shift,
-        largest,
-        x.length,
-        G,
-        padded,
-        FUNCTION=problems.function,
-        SYMMETRIC=problems.symmetric,
-        ROWS=ROWS,
-    )
+    pull, share, shift, largest = weights
     of_rows = share[0], shift[0]
     of_columns = (share[1], shift[1]) if problems.symmetric else None
     dx_units, bias_gradient = _sums_gradient(problems, x, y, of_rows, of_columns, largest)
@@ -343,7 +364,7 @@ def _gradients(
         dx_units,
         dy_units,
         bias_gradient,
-        weight,
+        pull,
         d_temperature,
         d_bias,
         problems.temperature,
@@ -376,10 +397,9 @@ def contrast(
     """Fill in the terms; with dx and dy, and d_bias if there is a bias, the gradients of their total.
 
     With `upstream`, the gradients of Σ upstream · terms, whose lse is given. Returns the total and the
-    temperature's gradient, or 0 for what was not asked for.
+    temperature's gradient; what was not asked for is not filled in.
     """
-    zero = terms.loss.new_zeros(1)
-    totals, d_temperatures = [zero], [zero]
+    totals, d_temperatures = [], []
     pair, start = 0, 0
     for run in same_shapes(problems):
         pairs = slice(pair, pair + len(run.x))
@@ -390,11 +410,21 @@ def contrast(
         run = run._replace(bias=bias_here)
         units = pack(run)
         here = Rows(terms.loss[rows], terms.hits[rows], terms.lse[:, rows])
+        weights = None if dx is None else _empty_weights(run, units)
         if upstream is None:
-            totals.append(_terms(run, units, here))
-        if dx is not None and dy is not None:
+            totals.append(_terms(run, units, here, weights))
+        elif weights is not None:
+            _weights(run, units, here.lse, upstream_here, weights)
+        if weights is not None and dx is not None and dy is not None:
             d_temperatures.append(
-                _gradients(run, units, here.lse, upstream_here, dx[pairs], dy[pairs], d_bias_here)
+                _gradients(run, units, weights, dx[pairs], dy[pairs], d_bias_here)
             )
         pair, start = pairs.stop, rows.stop
-    return torch.cat(totals).sum(), torch.cat(d_temperatures).sum()
+    return _sum(totals, terms.loss), _sum(d_temperatures, terms.loss)
+
+
+def _sum(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Of all the parts, in one launch where there is one run of shapes; not filled in without parts."""
+    if not parts:
+        return like.new_empty(())
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).sum()

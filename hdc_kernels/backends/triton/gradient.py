@@ -33,97 +33,18 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from hdc_kernels.backends.triton.addressing import (
     masked_block,
     masked_blocks,
-    of_pair,
     plain_block,
     plain_blocks,
 )
 from hdc_kernels.backends.triton.arithmetic import (
     LOG2_E,
     add_product,
-    finite_shift,
     gain,
     inverse_temperature,
     narrow,
-    sigmoid,
     sigmoid2,
 )
 from hdc_kernels.backends.triton.logsumexp import by_ids, similarity, within
-
-
-@triton.jit
-def weights_kernel(
-    positive,  # [G, M], or None without positives
-    lse,  # [G, M] float64; not read for "softplus"
-    column_lse,
-    bias,  # [G, M], or None but for "softplus"
-    weights,  # K numbers
-    firsts,  # K first problems
-    upstream,  # [G, M], or None for the weights
-    weight,  # [1 or 2, G, PADDED]: w, and v below; 0 in padding; None without positives
-    share,  # [1 or 2, G, PADDED]: what the exponentials after `shift` are multiplied with
-    shift,  # [1 or 2, G, PADDED]: log2 of the sums, or −bias; +∞ in padding, whose exponentials are then 0
-    largest,  # [G, blocks]: the largest weight of every block
-    M,
-    G,
-    PADDED,
-    FUNCTION: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    blocks = tl.cdiv(PADDED, ROWS)
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    mask = row < M
-    flat, padded = problem * M + row, problem * PADDED + row
-    if upstream is not None:
-        u = tl.load(upstream + flat, mask, 0.0)
-    else:
-        u = tl.where(mask, of_pair(weights, firsts, problem), 0.0)
-    if SYMMETRIC:
-        u *= 0.5
-    s = 0.0
-    if FUNCTION == "info_nce":
-        s = tl.load(positive + flat, mask, 0.0)
-    if FUNCTION == "softplus":
-        top = tl.max(tl.abs(u), 0)
-        tl.store(share + padded, u, row < PADDED)
-        biases = tl.load(bias + flat, mask, float("-inf"))
-        tl.store(shift + padded, biases * -LOG2_E, row < PADDED)
-    else:
-        row_lse = tl.load(lse + flat, mask, float("-inf"))
-        w = _by_lse(u, row_lse, s, FUNCTION)
-        top = tl.max(tl.abs(w), 0)
-        if FUNCTION == "info_nce":
-            tl.store(weight + padded, w, row < PADDED)
-        _store_share(share + padded, shift + padded, w, row_lse, row < PADDED)
-    if SYMMETRIC:
-        down = tl.load(column_lse + flat, mask, float("-inf"))
-        v = _by_lse(u, down, s, FUNCTION)
-        top = tl.maximum(top, tl.max(tl.abs(v), 0))
-        padded += tl.cast(G, tl.int64) * PADDED
-        if FUNCTION == "info_nce":
-            tl.store(weight + padded, v, row < PADDED)
-        _store_share(share + padded, shift + padded, v, down, row < PADDED)
-    tl.store(largest + tl.program_id(0), top)
-
-
-@triton.jit
-def _by_lse(u, lse, positive, FUNCTION: tl.constexpr):
-    """Gradient by the logsumexp of a row or column, of its term times u."""
-    if FUNCTION == "info_nce":
-        return u * sigmoid((lse - positive).to(tl.float32))
-    else:  # noqa: RET505 - Triton compiles whatever follows an if
-        return tl.where(lse == float("-inf"), 0.0, u)
-
-
-@triton.jit
-def _store_share(share, shift, weight, lse, mask):
-    """A shift in float32, and the weight that makes good what rounding it does to the exponentials."""
-    exact = finite_shift(lse * LOG2_E)
-    rounded = exact.to(tl.float32)
-    error = tl.where(exact == float("inf"), 0.0, rounded - exact)  # in float64
-    tl.store(share, weight * tl.exp2(error.to(tl.float32)), mask)
-    tl.store(shift, rounded, mask)
 
 
 @triton.jit

@@ -3,25 +3,20 @@
 
 """Row sums of exponentials without the matrix of logits: one product and one exponential a logit.
 
-`logsumexp_kernel`: a program owns OWN rows, keeps their unit vectors on the chip, and walks over blocks
-of OTHER columns: S in registers, its exponentials summed, S forgotten. Padding is not summed, nor the
-diagonal where it does not count; only the blocks where they are pay for a mask. Ids, if there are any,
-are compared in every block. Cosines are bounded, so for a temperature that is a number a shift fixed
-beforehand serves every row *and column* (`shift` below), and the sums down the columns, which the
-symmetric loss needs, come out of the same pass: one partial sum a program and column, and no atomics.
-Without such a shift (a temperature in device memory, one below 0.0122, or embeddings that are not
-normalised) a running maximum is kept, and the columns take a pass of their own. For "softplus" it is
-log(1 + exp(S + bias)) that is summed, which needs no shift.
-
-`terms_kernel`: the partial sums become logsumexps, loss terms and hits.
+A program owns OWN rows, keeps their unit vectors on the chip, and walks over blocks of OTHER columns: S in
+registers, its exponentials summed, S forgotten. Padding is not summed, nor the diagonal where it does not
+count; only the blocks where they are pay for a mask. Ids, if there are any, are compared in every block.
+Cosines are bounded, so for a temperature that is a number a shift fixed beforehand serves every row *and
+column* (`shift` below), and the sums down the columns, which the symmetric loss needs, come out of the
+same pass: one partial sum a program and column, and no atomics. Without such a shift (a temperature in
+device memory, one below 0.0122, or embeddings that are not normalised) a running maximum is kept, and the
+columns take a pass of their own. For "softplus" it is log(1 + exp(S + bias)) that is summed, which needs
+no shift.
 
 Floor at N = 65,536, D = 128 in bf16 on an H100: 1.1e12 flop take 1.11 ms, and so do the exponentials,
 beside each other if they overlap. Memory: 2·N·D elements from L2 for every OWN rows; 4·N²/OWN bytes of
 column sums when symmetric, 134 MB and 0.1 ms there. Beyond ONE_PASS blocks of rows, where these would
 outgrow everything else, the columns take a pass of their own.
-
-Logsumexps are kept in float64: at a small temperature they are large, and rounding one to float32 would
-change a whole row of probabilities. That is a few operations for each row.
 
 No GPU has run this yet; the tiles are chosen by registers and shared memory, not by time.
 """
@@ -35,17 +30,14 @@ from hdc_kernels.backends import Problems
 from hdc_kernels.backends.triton.addressing import (
     masked_block,
     masked_blocks,
-    of_pair,
     plain_block,
     plain_blocks,
 )
 from hdc_kernels.backends.triton.arithmetic import (
-    LN_2,
     LOG2_E,
     add_exponentials,
     add_product,
     inverse_temperature,
-    softplus,
     softplus2,
 )
 
@@ -232,127 +224,3 @@ def logsumexp_kernel(
     if FUNCTION == "info_nce":
         mask = (row // OTHER >= begin) & (row // OTHER < end)  # one split has a row's diagonal
         tl.store(diagonal + problem * OWN_PADDED + row, own_cosine, mask)
-
-
-@triton.jit
-def _merge(highest, total, parts, stride, mask, k, shift, RUNNING: tl.constexpr):
-    """log2 Σ exp of a row from its parts, in float64, and the largest of their cosines; pointers to [R]."""
-    top = tl.full(mask.shape, float("-inf"), tl.float32)
-    sums = tl.zeros(mask.shape, tl.float32)
-    for _ in range(parts):
-        part_top = tl.load(highest, mask, float("-inf"))
-        part_sum = tl.load(total, mask, 0.0)
-        if RUNNING:
-            higher = tl.maximum(top, part_top)
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            sums = sums * tl.exp2((top - base) * k) + part_sum * tl.exp2((part_top - base) * k)
-            top = higher
-        else:
-            sums += part_sum
-            top = tl.maximum(top, part_top)
-        highest += stride
-        total += stride
-    if RUNNING:
-        shift = tl.where(top == float("-inf"), 0.0, top).to(tl.float64) * k
-    return shift + tl.log2(sums.to(tl.float64)), top
-
-
-@triton.jit
-def _sum_of_parts(total, parts, stride, offset, mask):
-    """Sums [R] of `parts` partial sums, sixteen at a time."""
-    sums = tl.zeros(mask.shape, tl.float32)
-    for first in range(0, parts, 16):
-        part = first + tl.arange(0, 16)
-        inside = (part < parts)[:, None] & mask[None, :]
-        elements = part[:, None].to(tl.int64) * stride + offset[None, :]
-        sums += tl.sum(tl.load(total + elements, inside, 0.0), 0)
-    return sums
-
-
-@triton.jit
-def _term(lse, positive, FUNCTION: tl.constexpr):
-    """What the logsumexp of a row or column becomes."""
-    if FUNCTION == "info_nce":
-        return softplus((lse - positive).to(tl.float32))
-    else:  # noqa: RET505
-        return lse.to(tl.float32)
-
-
-@triton.jit
-def terms_kernel(
-    highest,  # [splits, G, PADDED]
-    total,
-    diagonal,  # [G, PADDED]
-    column_highest,  # [column_parts, G, PADDED], with RUNNING
-    column_total,
-    positive,  # [G, M], or None without positives
-    weights,  # K numbers
-    firsts,  # K first problems
-    temperature,
-    shift,
-    loss,  # [G, M]
-    hits,
-    lse,  # float64; not written for "softplus"
-    column_lse,
-    weighted,  # [programs]: parts of Σ weight · loss
-    M,
-    splits,
-    column_parts,
-    G,
-    PADDED,
-    COLUMN_PADDED,
-    FUNCTION: tl.constexpr,
-    LEARNED: tl.constexpr,
-    RUNNING: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    blocks = tl.cdiv(M, ROWS)
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    mask = row < M
-    k = inverse_temperature(temperature, LEARNED) * LOG2_E
-    padded = problem * PADDED + row
-    stride = tl.cast(G, tl.int64) * PADDED
-    if FUNCTION == "softplus":
-        term = _sum_of_parts(total, splits, stride, padded, mask)
-    else:
-        row_lse, top = _merge(
-            highest + padded, total + padded, splits, stride, mask, k, shift, RUNNING
-        )
-        row_lse *= LN_2
-    flat = problem * M + row
-    s = 0.0
-    if FUNCTION == "info_nce":
-        s = tl.load(positive + flat, mask, 0.0)
-    if FUNCTION != "softplus":
-        term = _term(row_lse, s, FUNCTION)
-    if SYMMETRIC:
-        offset = problem * COLUMN_PADDED + row
-        stride = tl.cast(G, tl.int64) * COLUMN_PADDED
-        if RUNNING:
-            down, _ = _merge(
-                column_highest + offset,
-                column_total + offset,
-                column_parts,
-                stride,
-                mask,
-                k,
-                shift,
-                RUNNING,
-            )
-        else:
-            down = _sum_of_parts(column_total, column_parts, stride, offset, mask)
-            down = shift + tl.log2(down.to(tl.float64))
-        down *= LN_2
-        term = (term + _term(down, s, FUNCTION)) / 2
-        tl.store(column_lse + flat, down, mask)
-    tl.store(loss + flat, term, mask)
-    if FUNCTION != "softplus":
-        tl.store(lse + flat, row_lse, mask)
-    hit = tl.zeros((ROWS,), tl.int1)
-    if FUNCTION == "info_nce":
-        hit = (tl.load(diagonal + padded, mask, 0.0) > top) & (term == term)
-    tl.store(hits + flat, hit, mask)
-    weight = of_pair(weights, firsts, problem)
-    tl.store(weighted + tl.program_id(0), weight * tl.sum(tl.where(mask, term, 0.0), 0))

@@ -1,31 +1,42 @@
 # Triton types its kernels itself.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-"""Everything in one launch: one program takes one problem from raw embeddings to loss and gradients.
+"""Everything in one launch, from raw embeddings to loss and gradients, for problems that are small.
 
-For half precision and at most 128 rows, columns and dimensions (`fits` says exactly which). The paper's
-batch is 17 problems of 128 × 128 × 128 in six pairs of tensors: 71 MFLOP a product, so launches are all
-that costs time.
+`fits` says which. The paper's batch is 17 problems of 128 × 128 × 128 in six pairs of tensors: 71 MFLOP a
+product, so launches are all that costs time.
 
-A program walks over its columns twice, a few at a time: for the row sums, and then for S once more, P·Ŷ
-and Pᵀ·X̂: 4 products. The embeddings are read through their own strides, from the cache when it is not
-for the first time, and nothing but results is written. With all of S and of both gradients in registers
-it would be 3 products, but at 128 × 128 × 128 those spill.
+A program owns BLOCK rows of a problem, or as many columns, and waits for no other:
 
-The floor for the 17 problems: 4 products of 4.2 MFLOP on one of 132 multiprocessors (7.5 TFLOP/s each in
-bf16) are 2.2 µs, the exponentials of twice 128 × 128 logits 1.1 µs, and 130 KB in and out at a
-multiprocessor's share of the bandwidth 5 µs: of the order of the launch itself.
+    1. logsumexps of its rows, or of the rows whose positives its columns are; if symmetric, of such columns too
+    2. terms and hits, if it owns rows
+    3. its gradient, from its positives and the other side's vectors, a block at a time
+
+There the other side's vectors are weighted with probabilities of rows (if symmetric, of columns too), so who
+owns columns needs the logsumexp of every row. It takes them block by block as it comes to them: one product
+more, the same in every such program, which run beside each other where a second launch would have to wait.
+Logsumexps of an earlier launch it reads instead.
+
+Embeddings are read through their own strides, from the cache when it is not for the first time, and nothing
+but results is written.
+
+On paper, for the 17 problems on an H100: 136 programs on 132 multiprocessors, each of at most 1.75 products of
+4.2 MFLOP. In bf16 (7.5 TFLOP/s a multiprocessor) these take 1 µs; 14 tiles, which are loaded, normalised and
+multiplied one after the other, take more. Float32, multiplied exactly (0.5 TFLOP/s), takes 15 µs at best, most
+of it the repeated product: `fits` ends earlier there.
 
 No GPU has run this yet: the figures are arithmetic, and the blocks are chosen by registers.
 """
 
+import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 from hdc_kernels.backends import Problems
 from hdc_kernels.backends.outputs import Rows
-from hdc_kernels.backends.triton.addressing import of_pair, rows_of_pair
+from hdc_kernels.backends.triton import tiles
+from hdc_kernels.backends.triton.addressing import matrix_of_pair, of_pair
 from hdc_kernels.backends.triton.arithmetic import (
     LN_2,
     LOG2_E,
@@ -35,15 +46,18 @@ from hdc_kernels.backends.triton.arithmetic import (
     gain,
     inverse_temperature,
     load_units,
-    log_total,
     narrow,
     product,
     sigmoid,
     softplus,
     unit_rows_backward,
 )
-from hdc_kernels.backends.triton.memory import strides
-from hdc_kernels.backends.triton.tiles import block_size, fits_one_program
+from hdc_kernels.backends.triton.memory import precision, strides
+
+# Rows or columns; beyond, the repeated product costs more than the launches that it saves.
+LONGEST = 256
+LONGEST_EXACT = 128  # in float32 without tensor cores
+WIDEST = 256  # dimensions, which registers must hold
 
 
 @triton.jit
@@ -64,158 +78,294 @@ def contrast_kernel(
     temperature,  # a number or a pointer to one
     loss,  # [T]
     hits,  # [T]
-    lse,  # [1 or 2, T]
-    sums,  # [2, programs]: parts of the total and of the gradient by the temperature
+    lse,  # [1 or 2, T] float64; without TERMS, to read
+    parts,  # [2, ΣG · blocks], of the total and of the gradient by the temperature
     T,
+    G,
+    blocks,  # of the longest side
     TERMS: tl.constexpr,
     GRADIENTS: tl.constexpr,
     LEARNED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHER: tl.constexpr,  # vectors that logsumexps take at a time
+    DEPTH: tl.constexpr,  # dimensions that a product takes at a time
     BLOCK_D: tl.constexpr,
 ):
-    problem = tl.program_id(0).to(tl.int64)
-    M, N, D = problem * 0, problem * 0, problem * 0
-    for pair in tl.static_range(len(firsts)):
+    block = tl.program_id(0) % blocks
+    problem = (tl.program_id(0) // blocks % G).to(tl.int64)
+    owns_rows = tl.program_id(0) < blocks * G
+    M, N, D = sizes[0]
+    for pair in tl.static_range(1, len(firsts)):
         here = problem >= firsts[pair]
         M = tl.where(here, sizes[pair][0], M)
         N = tl.where(here, sizes[pair][1], N)
         D = tl.where(here, sizes[pair][2], D)
     first_row = of_pair(starts, firsts, problem) + (problem - of_pair(firsts, firsts, problem)) * M
-    row = tl.arange(0, ROWS)
-    dimension = tl.arange(0, BLOCK_D) < D
-    flat = first_row + row  # where this problem's rows are in [T]
-    x_rows = rows_of_pair(x, x_strides, firsts, problem, row, BLOCK_D)
-    y_rows = rows_of_pair(y, y_strides, firsts, problem, row, BLOCK_D)
-    mask = (row < M)[:, None] & dimension[None, :]
-    dtype: tl.constexpr = x[0].dtype.element_ty
+    loss += first_row
+    hits += first_row
+    lse += first_row
+    upstream += first_row
+    # A block beyond the end of its problem has nothing to do.
+    ended = block * BLOCK >= tl.where(owns_rows, M, N)
+    M, N = tl.where(ended, 0, M), tl.where(ended, 0, N)
+    weight = of_pair(weights, firsts, problem)
     scale = inverse_temperature(temperature, LEARNED)
     k = scale * LOG2_E
+    x_start, x_stride = matrix_of_pair(x, x_strides, firsts, problem)
+    y_start, y_stride = matrix_of_pair(y, y_strides, firsts, problem)
+    queries, keys = (x_start, x_stride, M, D), (y_start, y_stride, N, D)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    mask = row < M
 
-    x_unit, x_inverse = load_units(x_rows, mask, NORMALIZE)
-    y_unit, _y_inverse = load_units(y_rows, mask, NORMALIZE)
-    positive = tl.sum(x_unit * y_unit, 1) * scale
-    x_narrow = narrow(x_unit, dtype)
-
-    highest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    own = tl.zeros((ROWS,), tl.float32)
-    column_gap = tl.zeros((ROWS,), tl.float32)
-    for column0 in range(0, N, COLUMNS):
-        column = column0 + tl.arange(0, COLUMNS)
-        key_mask = (column < N)[:, None] & dimension[None, :]
-        key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
-        key, key_inverse = load_units(key_rows, key_mask, NORMALIZE)
-        cosine = product(x_narrow, tl.trans(narrow(key, dtype)))
-        # The positive's cosine by the same product as the others': equal vectors must tie exactly.
-        diagonal = row[:, None] == column[None, :]
-        own += tl.sum(tl.where(diagonal, cosine, 0.0), 1)
-        cosine = _negatives(cosine, row, column, M, N)
-        highest, total = add_exponentials(highest, total, cosine, k)
-        if SYMMETRIC:
-            column_lse = _column_logsumexp2(cosine, k) * LN_2
-            column_gap += tl.sum(tl.where(diagonal, column_lse[None, :], 0.0), 1)
-    row_lse = log_total(highest, total, k)
-    row_gap = row_lse * LN_2 - positive
-    column_gap -= positive
-
-    weight = of_pair(weights, firsts, problem)
+    positive = _positives(queries, keys, row, NORMALIZE, BLOCK_D)
+    column_lse = _nothing(BLOCK)
     if TERMS:
-        term = softplus(row_gap)
+        row_lse, own_cosine = _logsumexps(
+            queries, keys, row, k, NORMALIZE, PRECISION, OTHER, DEPTH, BLOCK_D
+        )
+        term = softplus(_gap(row_lse, positive, k))
         if SYMMETRIC:
-            term = (term + softplus(column_gap)) / 2
-            tl.store(lse + T + flat, column_gap + positive, row < M)
-        tl.store(lse + flat, row_lse * LN_2, row < M)
-        tl.store(loss + flat, term, row < M)
-        tl.store(hits + flat, (own > highest) & (term == term), row < M)
-        tl.store(sums + problem, weight * tl.sum(tl.where(row < M, term, 0.0), 0))
+            column_lse, _own_cosine = _logsumexps(
+                keys, queries, row, k, NORMALIZE, PRECISION, OTHER, DEPTH, BLOCK_D
+            )
+            term = (term + softplus(_gap(column_lse, positive, k))) / 2
+        if owns_rows:
+            tl.store(lse + row, _joined(row_lse, k), mask)
+            if SYMMETRIC:
+                tl.store(lse + T + row, _joined(column_lse, k), mask)
+            tl.store(loss + row, term, mask)
+            tl.store(hits + row, (own_cosine > row_lse[0]) & (term == term), mask)
+            total = tl.sum(tl.where(mask, term, 0.0), 0)
+            tl.store(parts + tl.program_id(0), weight * total)
+    else:
+        row_lse = _saved(lse, row, M, k)
+        if SYMMETRIC:
+            column_lse = _saved(lse + T, row, M, k)
 
     if GRADIENTS:
-        if TERMS:
-            u = tl.where(row < M, weight, 0.0)
-        else:
-            u = tl.load(upstream + flat, row < M, 0.0)
-        gradient_dtype: tl.constexpr = dx[0].dtype.element_ty
+        own_start, own_stride = _either(owns_rows, queries, keys)
+        other_start, other_stride = _either(owns_rows, keys, queries)
+        own = own_start, own_stride, tl.where(owns_rows, M, N), D
+        other = other_start, other_stride, tl.where(owns_rows, N, M), D
+        # What the others' logsumexps go over: for a row's columns nothing, unless they count.
+        summed = M
+        if not SYMMETRIC:
+            summed = tl.where(owns_rows, 0, N)
+        summed_by_others = own_start, own_stride, summed, D
+        others_lse = tl.where(owns_rows, lse + T, lse)
+
+        u = _upstream(upstream, weight, row, M, TERMS, SYMMETRIC)
+        row_weight = u * sigmoid(_gap(row_lse, positive, k))
+        column_weight = u * sigmoid(_gap(column_lse, positive, k))
+        own_lse = _either(owns_rows, row_lse, column_lse)
+        own_weight = tl.where(owns_rows, row_weight, column_weight)
+
+        dtype: tl.constexpr = x[0].dtype.element_ty
         GAIN: tl.constexpr = gain(dtype)
-        row_weight = u * sigmoid(row_gap)
-        column_weight = tl.zeros((ROWS,), tl.float32)
-        if SYMMETRIC:
-            row_weight *= 0.5
-            column_weight = 0.5 * u * sigmoid(column_gap)
+        # The positives' part, in float32, which no product rounds; the others' is added to it.
         pull = row_weight + column_weight
-        largest = tl.max(tl.maximum(tl.abs(row_weight), tl.abs(column_weight)), 0)
-        largest = tl.maximum(largest, 1e-30)
-        row_shift = finite_shift(row_lse)
-        dx_unit = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        for column0 in range(0, N, COLUMNS):
-            column = column0 + tl.arange(0, COLUMNS)
-            diagonal = row[:, None] == column[None, :]
-            key_mask = (column < N)[:, None] & dimension[None, :]
-            key_rows = rows_of_pair(y, y_strides, firsts, problem, column, BLOCK_D)
-            key, key_inverse = load_units(key_rows, key_mask, NORMALIZE)
-            key_narrow = narrow(key, dtype)
-            cosine = product(x_narrow, tl.trans(key_narrow))
-            cosine = _negatives(cosine, row, column, M, N)
-            probability = tl.exp2(cosine * k - row_shift[:, None])
-            share = probability * (row_weight * (GAIN / largest))[:, None]
-            if SYMMETRIC:
-                column_shift = finite_shift(_column_logsumexp2(cosine, k))
-                column_share = _turn(diagonal, column_weight) * (GAIN / largest)
-                share += tl.exp2(cosine * k - column_shift[None, :]) * column_share[None, :]
-            share = narrow(share, dtype)
-            if SYMMETRIC:
-                dx_unit = add_product(dx_unit, share, key_narrow)
+        largest = tl.maximum(tl.max(tl.abs(pull), 0), 1e-30)  # of the weights so far, never 0
+        partner, _partner_inverse = _units(other, row, NORMALIZE, BLOCK_D)
+        gradient = -partner * (pull * (GAIN / largest))[:, None]
+        mine, inverse = _factors(own, row, NORMALIZE, BLOCK_D)
+        for first in range(0, other[2], BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            if TERMS:
+                their_lse, _own_cosine = _logsumexps(
+                    other,
+                    summed_by_others,
+                    column,
+                    k,
+                    NORMALIZE,
+                    PRECISION,
+                    OTHER,
+                    DEPTH,
+                    BLOCK_D,
+                )
             else:
-                probability = narrow(probability * GAIN, dtype)
-                dx_unit = add_product(dx_unit, probability, key_narrow)
+                their_lse = _saved(others_lse, column, tl.minimum(summed, M), k)
+            their_positive = _positives(queries, keys, column, NORMALIZE, BLOCK_D)
+            u = _upstream(upstream, weight, column, M, TERMS, SYMMETRIC)
+            their_weight = u * sigmoid(_gap(their_lse, their_positive, k))
+            larger = tl.maximum(largest, tl.max(tl.abs(their_weight), 0))
+            gradient *= largest / larger
+            largest = larger
 
-            query_mask = (column < M)[:, None] & dimension[None, :]
-            query_rows = rows_of_pair(x, x_strides, firsts, problem, column, BLOCK_D)
-            query, _query_inverse = load_units(query_rows, query_mask, NORMALIZE)
-            dkey = product(tl.trans(share), x_narrow) * (largest / GAIN)
-            dkey = (dkey - query * _turn(diagonal, pull)[:, None]) * scale
-            dkey, _dkey_along = unit_rows_backward(key, key_inverse, dkey, NORMALIZE)
-            dkey_rows = rows_of_pair(dy, dy_strides, firsts, problem, column, BLOCK_D)
-            tl.store(dkey_rows, narrow(dkey, gradient_dtype), key_mask)
+            theirs, their_inverse = _factors(other, column, NORMALIZE, BLOCK_D)
+            cosine, _own_cosine = _cosines(
+                own, row, mine, inverse, other, column, theirs, their_inverse, PRECISION, DEPTH
+            )
+            share = _probabilities(cosine, own_lse[0][:, None], own_lse[1][:, None], k)
+            share *= (own_weight * (GAIN / largest))[:, None]
+            their_share = _probabilities(cosine, their_lse[0][None, :], their_lse[1][None, :], k)
+            share += their_share * (their_weight * (GAIN / largest))[None, :]
+            gradient = add_product(gradient, narrow(share, dtype), theirs, PRECISION)
+        gradient *= scale * largest / GAIN
 
-        if SYMMETRIC:
-            dx_unit *= largest / GAIN
-        else:
-            dx_unit *= (row_weight / GAIN)[:, None]
-        # Read once more: kept since the beginning, x and y would not fit beside the products.
-        x_unit, x_inverse = load_units(x_rows, mask, NORMALIZE)
-        y_unit, _y_inverse = load_units(y_rows, mask, NORMALIZE)
-        dx_unit = (dx_unit - y_unit * pull[:, None]) * scale
-        gradient, along = unit_rows_backward(x_unit, x_inverse, dx_unit, NORMALIZE)
-        tl.store(
-            rows_of_pair(dx, dx_strides, firsts, problem, row, BLOCK_D),
-            narrow(gradient, gradient_dtype),
-            mask,
+        # Read once more: kept since the beginning, they would not fit beside the products.
+        unit, inverse = _units(own, row, NORMALIZE, BLOCK_D)
+        gradient, along = unit_rows_backward(unit, inverse, gradient, NORMALIZE)
+        to_x = matrix_of_pair(dx, dx_strides, firsts, problem)
+        to_y = matrix_of_pair(dy, dy_strides, firsts, problem)
+        to_start, to_stride = _either(owns_rows, to_x, to_y)
+        elements, inside = _elements((to_start, to_stride, own[2], D), row, tl.arange(0, BLOCK_D))
+        tl.store(elements, narrow(gradient, dx[0].dtype.element_ty), inside)
+        if owns_rows:
+            tl.store(parts + blocks * G + tl.program_id(0), -scale * tl.sum(along, 0))
+
+
+@triton.jit
+def _either(first, a, b):
+    """The pair a, or b."""
+    return tl.where(first, a[0], b[0]), tl.where(first, a[1], b[1])
+
+
+@triton.jit
+def _elements(matrix, row, dimension):
+    """Pointers into a matrix (pointer, stride, rows, dimensions), and which of them are inside."""
+    elements = matrix[0] + row[:, None].to(tl.int64) * matrix[1] + dimension[None, :]
+    return elements, (row < matrix[2])[:, None] & (dimension < matrix[3])[None, :]
+
+
+@triton.jit
+def _units(matrix, row, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_units` of some rows [R, BLOCK_D]."""
+    elements, inside = _elements(matrix, row, tl.arange(0, BLOCK_D))
+    return load_units(elements, inside, NORMALIZE)
+
+
+@triton.jit
+def _factors(matrix, row, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`_units`, rounded for a product."""
+    unit, inverse = _units(matrix, row, NORMALIZE, BLOCK_D)
+    return narrow(unit, matrix[0].dtype.element_ty), inverse
+
+
+@triton.jit
+def _positives(queries, keys, row, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines of rows with their own columns, of vectors that are not rounded; 0 where there is none."""
+    x_unit, _x_inverse = _units(queries, row, NORMALIZE, BLOCK_D)
+    y_unit, _y_inverse = _units(keys, row, NORMALIZE, BLOCK_D)
+    return tl.sum(x_unit * y_unit, 1)
+
+
+@triton.jit
+def _cosines(
+    own,
+    row,
+    mine,  # `_factors` of these rows [R, BLOCK_D], and their 1/|x|
+    inverse,
+    other,
+    column,
+    theirs,  # [C, BLOCK_D]
+    their_inverse,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Cosines [R, C], −∞ on the diagonal and outside; and those on the diagonal [R], or 0."""
+    if mine.shape[1] == DEPTH:
+        cosine = product(mine, tl.trans(theirs), PRECISION)
+    else:  # all dimensions at once would not fit into the registers
+        cosine = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+        for first in range(0, own[3], DEPTH):
+            dimension = first + tl.arange(0, DEPTH)
+            a = _part(own, row, inverse, dimension)
+            b = _part(other, column, their_inverse, dimension)
+            cosine = add_product(cosine, a, tl.trans(b), PRECISION)
+    diagonal = row[:, None] == column[None, :]
+    on_diagonal = tl.sum(tl.where(diagonal, cosine, 0.0), 1)
+    out = (row >= own[2])[:, None] | (column >= other[2])[None, :] | diagonal
+    return tl.where(out, float("-inf"), cosine), on_diagonal
+
+
+@triton.jit
+def _part(matrix, row, inverse, dimension):
+    """Some dimensions of `_factors`."""
+    elements, inside = _elements(matrix, row, dimension)
+    unit = tl.load(elements, inside, 0.0).to(tl.float32) * inverse[:, None]
+    return narrow(unit, matrix[0].dtype.element_ty)
+
+
+@triton.jit
+def _logsumexps(
+    own,
+    other,
+    row,
+    k,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OTHER: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of the negatives of some rows [R], and the positive's cosine by the same product: equal vectors tie.
+
+    Each in two parts, the largest cosine c and log2 Σ exp2((cosine − c)·k): their sum is large at a small
+    temperature, and rounding it would change a whole row.
+    """
+    mine, inverse = _factors(own, row, NORMALIZE, BLOCK_D)
+    highest = tl.full((row.shape[0],), float("-inf"), tl.float32)
+    total = tl.zeros((row.shape[0],), tl.float32)
+    own_cosine = tl.zeros((row.shape[0],), tl.float32)
+    for first in range(0, other[2], OTHER):
+        column = first + tl.arange(0, OTHER)
+        theirs, their_inverse = _factors(other, column, NORMALIZE, BLOCK_D)
+        cosine, on_diagonal = _cosines(
+            own, row, mine, inverse, other, column, theirs, their_inverse, PRECISION, DEPTH
         )
-        tl.store(sums + tl.num_programs(0) + problem, -scale * tl.sum(along, 0))
+        own_cosine += on_diagonal
+        highest, total = add_exponentials(highest, total, cosine, k)
+    return (highest, tl.log2(total)), own_cosine
 
 
 @triton.jit
-def _negatives(cosine, row, column, M, N):
-    """−∞ on the diagonal and outside of the problem."""
-    negative = (row < M)[:, None] & (column < N)[None, :] & (row[:, None] != column[None, :])
-    return tl.where(negative, cosine, float("-inf"))
+def _nothing(ROWS: tl.constexpr):
+    """Logsumexps of no negatives."""
+    nothing = tl.full((ROWS,), float("-inf"), tl.float32)
+    return nothing, nothing
 
 
 @triton.jit
-def _column_logsumexp2(cosine, k):
-    """log2 Σ exp2(cosine·k) down every column."""
-    highest = tl.max(cosine, 0)
+def _joined(lse, k):
+    """Logsumexps in float64."""
+    return (lse[0].to(tl.float64) * k + lse[1]) * LN_2
+
+
+@triton.jit
+def _saved(joined, row, rows, k):
+    """The parts of logsumexps that were stored; of nothing from `rows` on."""
+    exponent = tl.load(joined + row, row < rows, float("-inf")) * LOG2_E
+    highest = (exponent / k).to(tl.float32)
+    rest = (exponent - highest.to(tl.float64) * k).to(tl.float32)
+    return highest, tl.where(highest == float("-inf"), float("-inf"), rest)
+
+
+@triton.jit
+def _gap(lse, positive, k):
+    """Logsumexps minus the positives' logits."""
+    return ((lse[0] - positive) * k + lse[1]) * LN_2
+
+
+@triton.jit
+def _probabilities(cosine, highest, log_total, k):
+    """exp(logit − logsumexp); 0 where there was nothing to sum."""
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    return base * k + tl.log2(tl.sum(tl.exp2((cosine - base[None, :]) * k), 0))
+    return tl.exp2((cosine - base) * k - finite_shift(log_total))
 
 
 @triton.jit
-def _turn(diagonal, values):
-    """Of one value a row, those of the rows that have the columns' numbers."""
-    return tl.sum(tl.where(diagonal, values[:, None], 0.0), 0)
+def _upstream(upstream, weight, row, M, TERMS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Gradients by the terms of some rows; by their halves if they have two."""
+    if TERMS:
+        u = tl.where(row < M, weight, 0.0)
+    else:
+        u = tl.load(upstream + row, row < M, 0.0)
+    if SYMMETRIC:
+        u *= 0.5
+    return u
 
 
 def contrast(
@@ -231,11 +381,14 @@ def contrast(
         firsts.append(firsts[-1] + x.shape[0])
         starts.append(starts[-1] + x.shape[0] * x.shape[1])
         sizes.append((x.shape[1], y.shape[1], x.shape[2]))
-    programs, T = firsts.pop(), starts.pop()
-    sums = terms.loss.new_empty(2, programs)
-    rows = block_size(max(size[1] for size in sizes))
+    G, T = firsts.pop(), starts.pop()
+    columns, dimensions = (max(size[axis] for size in sizes) for axis in (1, 2))
+    tile = tiles.small_tiles(columns, dimensions, problems.x[0].dtype)
+    blocks = triton.cdiv(columns, tile.own)
+    sides = 1 if dx is None or not problems.needs_y else 2
+    parts = terms.loss.new_empty(2, G * blocks)
     dx_or_any, dy_or_any = dx or problems.x, dy or problems.y  # not touched without gradients
-    contrast_kernel[(programs,)](
+    contrast_kernel[(sides * G * blocks,)](
         problems.x,
         problems.y,
         dx_or_any,
@@ -248,32 +401,35 @@ def contrast(
         terms.loss if upstream is None else upstream,
         problems.temperature,
         *terms,
-        sums,
+        parts,
         T,
+        G,
+        blocks,
         TERMS=upstream is None,
         GRADIENTS=dx is not None,
         LEARNED=isinstance(problems.temperature, Tensor),
         SYMMETRIC=problems.symmetric,
         NORMALIZE=problems.normalize,
-        ROWS=rows,
-        COLUMNS=16,
-        BLOCK_D=block_size(max(size[2] for size in sizes)),
-        num_warps=8 if rows >= 64 else 4,
-        num_stages=1,
+        PRECISION=precision(),
+        BLOCK=tile.own,
+        OTHER=tile.other,
+        DEPTH=tile.depth,
+        BLOCK_D=tile.width,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    total, d_temperature = sums.sum(1)
+    total, d_temperature = parts.sum(1)
     return total, d_temperature
 
 
-def fits(problems: Problems, capability: tuple[int, int]) -> bool:
-    """Whether one program can take the largest problem; it knows no function but "info_nce", and no ids."""
+def fits(problems: Problems) -> bool:
+    """Whether the problems are small, and such as the kernel knows: "info_nce", without ids."""
+    columns = max(y.shape[1] for y in problems.y)
+    dimensions = max(y.shape[2] for y in problems.y)
+    exact = problems.x[0].dtype == torch.float32 and precision() == "ieee"
     return (
         problems.function == "info_nce"
         and problems.mask.ids is None
-        and fits_one_program(
-            max(y.shape[1] for y in problems.y),
-            max(y.shape[2] for y in problems.y),
-            problems.x[0].dtype,
-            capability,
-        )
+        and columns <= (LONGEST_EXACT if exact else LONGEST)
+        and dimensions <= WIDEST
     )

@@ -62,18 +62,18 @@ def gradient_tiles(depth: int, dtype: torch.dtype, ids: bool) -> Tiles:
     return Tiles(64, own=128, other=32, warps=8, stages=2, width=width)
 
 
-def fits_one_program(
-    rows: int, dimensions: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> bool:
-    """Whether a problem of so many columns can be taken by the one program of `small`.
-
-    Its registers must hold a product [rows, dimensions] beside the operands of the next; Hopper reads
-    those from shared memory. Float32 operands, twice as large, spill at every useful size, and for
-    Blackwell Triton 3.7 does not compile the kernel.
-    """
-    block, depth = block_size(rows), block_size(dimensions)
-    capacity = {8: 64 * 64, 9: 128 * 128}.get(capability[0], 0)
-    return dtype != torch.float32 and max(block, depth) <= 128 and block * depth <= capacity
+def small_tiles(columns: int, dimensions: int, dtype: torch.dtype) -> Tiles:
+    """For `contrast_kernel`, which owns `own` vectors and takes logsumexps over `other` ones at a time."""
+    width = block_size(dimensions)
+    if dtype == torch.float32:
+        tile = Tiles(min(width, 32), own=32, other=32, warps=8, stages=1)
+    else:
+        tile = Tiles(width, own=32, other=64, warps=8, stages=1)
+    if width > 128:
+        tile = tile._replace(depth=min(tile.depth, 64), own=16, other=32)
+    if AMD:
+        tile = tile._replace(warps=4)
+    return fitted(tile, columns, columns)._replace(width=width)
 
 
 def block_size(length: int) -> int:
