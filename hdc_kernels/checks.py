@@ -66,6 +66,7 @@ def check_pair(
     With `extra_rows`, the second may have more rows (its second-last dimension) than the first. With `empty`, B
     may be 0, on a rank of a group that has none.
     """
+    dimensions = shape.count(",") + 1
     for name, tensor in zip(names, pair, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
@@ -74,18 +75,16 @@ def check_pair(
                 f"{name} has dtype {tensor.dtype}; it must be one of "
                 + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
             )
-        dimensions = shape.count(",") + 1
-        fits = tensor.dim() >= 2 if "..." in shape else tensor.dim() == dimensions
-        if not fits:
+        if tensor.dim() != dimensions and not ("..." in shape and tensor.dim() >= 2):
             raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
         if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
             raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
     check_alike(names, pair)
     query, key = pair
+    if key.shape == query.shape:
+        return
     more = extra_rows and key.dim() == query.dim() and key.shape[-2] > query.shape[-2]
-    if key.shape != (
-        query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:] if more else query.shape
-    ):
+    if not more or key.shape != query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:]:
         allowed = f"{names[1]} may have more rows, otherwise " if extra_rows else ""
         raise ValueError(
             f"{names[1]} has shape {_shape(key)} but {names[0]} has {_shape(query)}; "
@@ -95,8 +94,11 @@ def check_pair(
 
 def check_alike(names: tuple[str, str], pair: tuple[Tensor, Tensor]) -> None:
     """Tensors of one dtype and device."""
-    for what in ("dtype", "device"):
-        ours, theirs = (getattr(tensor, what) for tensor in pair)
+    query, key = pair
+    for what, ours, theirs in (
+        ("dtype", query.dtype, key.dtype),
+        ("device", query.device, key.device),
+    ):
         if ours != theirs:
             raise ValueError(
                 f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"
