@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, Terms, plain
@@ -25,6 +24,7 @@ class Call(NamedTuple):
     needs_y: bool = True
     ranked: bool = False
     beta: float = 1.0
+    per_row: bool = True
 
     def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
         """Itself but for the tensors of its mask, and these."""
@@ -60,6 +60,7 @@ class Call(NamedTuple):
             self.needs_y,
             self.ranked,
             self.beta,
+            self.per_row,
         )
 
     def plain(
@@ -73,7 +74,7 @@ class Call(NamedTuple):
     def step(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Terms, list[Tensor]]:
-        """Terms and for `scale` the total's gradients, as `backward` has them."""
+        """Terms and the total's gradients, as `backward` has them, in the dtype that they are computed in."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
         return terms, self._listed(gradients, x, y)
 
@@ -101,31 +102,28 @@ class Call(NamedTuple):
 
     def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each as [G, rows, D]."""
-        return tuple(
-            x.transpose(0, 1) if k < self.rows_first else x.unsqueeze(0) if x.dim() == 2 else x
-            for k, x in enumerate(inputs)
-        )
+        if self.rows_first:
+            return tuple(
+                [
+                    x.transpose(0, 1)
+                    if k < self.rows_first
+                    else x.unsqueeze(0)
+                    if x.dim() == 2
+                    else x
+                    for k, x in enumerate(inputs)
+                ]
+            )
+        return tuple([x.unsqueeze(0) if x.dim() == 2 else x for x in inputs])
 
     def _like(self, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of `_grouped` inputs as gradients of the inputs."""
-        pairs = enumerate(zip(gradients, inputs, strict=True))
-        return [
-            g.transpose(0, 1) if k < self.rows_first else g.squeeze(0) if x.dim() == 2 else g
-            for k, (g, x) in pairs
-        ]
-
-
-def scale(
-    made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype, scalars: int
-) -> list[Tensor]:
-    """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16).
-
-    Those of the embeddings, behind the first `scalars`, become `dtype`.
-    """
-    return [
-        *(d * upstream for d in made[:scalars]),
-        *((d * upstream).to(dtype) for d in made[scalars:]),
-    ]
+        pairs = zip(gradients, inputs, strict=True)
+        if self.rows_first:
+            return [
+                g.transpose(0, 1) if k < self.rows_first else g.squeeze(0) if x.dim() == 2 else g
+                for k, (g, x) in enumerate(pairs)
+            ]
+        return [g.squeeze(0) if x.dim() == 2 else g for g, x in pairs]
 
 
 def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

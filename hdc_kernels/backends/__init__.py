@@ -64,6 +64,7 @@ class Problems(NamedTuple):
     # Whether `Terms.ranks` are asked for, by "info_nce" or where the mask leaves the diagonal out; needs N_k ≥ M_k.
     ranked: bool = False
     beta: float = 1.0  # β > 0, for "tilted"
+    per_row: bool = True  # whether more of `Terms` than the total is asked for; needs weights
 
     @property
     def sums(self) -> int:
@@ -82,6 +83,8 @@ class Terms(NamedTuple):
         below; so does "tilted", (1 + β) above and β below. Without a meaning for "softplus".
     ranks: [T] int64, how many of the row's other columns, of those that the mask lets through, the diagonal's logit
         is not above; None unless `ranked`.
+
+    Without `per_row`, loss, hits and lse may be empty.
     """
 
     total: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Function, Gradients, Problems, Terms
-from hdc_kernels.backends.outputs import LSE_DTYPE, empty_gradients, empty_rows
+from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
 
@@ -65,7 +65,7 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
 def step(problems: Problems) -> tuple[Terms, Gradients]:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
     terms = _empty_terms(problems)
-    gradients = _empty_gradients(problems, terms.loss.dtype)
+    gradients = _empty_gradients(problems, terms.total.dtype)
     _call(_STEP, problems, terms, gradients, None)
     return terms, gradients
 
@@ -86,17 +86,20 @@ def multiplies_bfloat16() -> bool:
 
 
 def _empty_terms(problems: Problems) -> Terms:
+    total = torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype))
+    if not problems.per_row:
+        return Terms(total, *NO_ROWS)
     rows = empty_rows(problems)
     ranks = torch.empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None
-    return Terms(torch.empty((), dtype=rows.loss.dtype), *rows, ranks)
+    return Terms(total, *rows, ranks)
 
 
 def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
     return Gradients(
-        x=empty_gradients(problems.x, dtype),
-        y=empty_gradients(problems.y, dtype) if problems.needs_y else (),
-        temperature=torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
-        bias=None if problems.bias is None else torch.empty_like(problems.bias),
+        empty_gradients(problems.x, dtype),
+        empty_gradients(problems.y, dtype) if problems.needs_y else (),
+        torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
+        None if problems.bias is None else torch.empty_like(problems.bias),
     )
 
 
@@ -106,6 +109,14 @@ def _by_row(entries: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return starts, entries[1].contiguous()
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride())
+
+
 def _call(
     task: int,
     problems: Problems,
@@ -113,38 +124,40 @@ def _call(
     gradients: Gradients | None,
     upstream: Tensor | None,
 ) -> None:
-    nowhere = (0, 0, 0, 0)
-    mask = problems.mask
+    mask, dtype = problems.mask, problems.x[0].dtype
     # Held until the call is over: they are copies.
-    ids = [ids.contiguous() for ids in mask.ids] if mask.ids else []
-    left_out = _by_row(mask.left_out, problems.x[0].shape[1]) if mask.left_out is not None else []
-    packed = bytearray()
-    for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
-        packed += _PROBLEM.pack(
-            x.data_ptr(),
-            *x.stride(),
-            y.data_ptr(),
-            *y.stride(),
-            *((gradients.x[k].data_ptr(), *gradients.x[k].stride()) if gradients else nowhere),
-            *(
-                (gradients.y[k].data_ptr(), *gradients.y[k].stride())
-                if gradients and gradients.y
-                else nowhere
-            ),
+    ids: tuple[Tensor | None, Tensor | None] = (None, None)
+    left_out: tuple[Tensor | None, Tensor | None] = (None, None)
+    if mask.ids is not None:
+        ids = mask.ids[0].contiguous(), mask.ids[1].contiguous()
+    if mask.left_out is not None:
+        left_out = _by_row(mask.left_out, problems.x[0].shape[1])
+    masks = [_address(t) for t in (*ids, *left_out)]
+    nowhere = (None,) * len(problems.x)
+    dx, dy = (gradients.x, gradients.y or nowhere) if gradients else (nowhere, nowhere)
+    packed = [
+        _PROBLEM.pack(
+            *_matrix(x),
+            *_matrix(y),
+            *_matrix(to_x),
+            *_matrix(to_y),
             *x.shape[:2],
             *y.shape[1:],
             weight,
-            *([t.data_ptr() for t in ids] or (0, 0)),
-            *([t.data_ptr() for t in left_out] or (0, 0)),
+            *masks,
         )
+        for x, y, to_x, to_y, weight in zip(
+            problems.x, problems.y, dx, dy, problems.weights, strict=True
+        )
+    ]
     call = _CALL.pack(
         task,
-        _DTYPES[problems.x[0].dtype],
+        _DTYPES[dtype],
         problems.normalize,
         problems.symmetric,
         torch.get_num_threads(),
         len(problems.x),
-        _rounds_to_bfloat16(problems.x[0].dtype),
+        _rounds_to_bfloat16(dtype),
         _FUNCTIONS[problems.function],
         mask.diagonal,
         mask.same,
@@ -153,12 +166,12 @@ def _call(
         terms.total.data_ptr(),
         terms.loss.data_ptr(),
         terms.hits.data_ptr(),
-        terms.ranks.data_ptr() if terms.ranks is not None else 0,
+        _address(terms.ranks),
         terms.lse.data_ptr(),
-        upstream.data_ptr() if upstream is not None else 0,
-        gradients.temperature.data_ptr() if gradients else 0,
-        problems.bias.data_ptr() if problems.bias is not None else 0,
-        gradients.bias.data_ptr() if gradients and gradients.bias is not None else 0,
+        _address(upstream),
+        _address(gradients.temperature) if gradients else 0,
+        _address(problems.bias),
+        _address(gradients.bias) if gradients else 0,
     )
-    if library().hdc_contrast(call, bytes(packed)):
+    if library().hdc_contrast(call, b"".join(packed)):
         raise MemoryError("the contrastive loss found not enough memory for its scratch")
