@@ -66,30 +66,38 @@ def check_pair(
     With `extra_rows`, the second may have more rows (its second-last dimension) than the first. With `empty`, B
     may be 0, on a rank of a group that has none.
     """
-    dimensions = shape.count(",") + 1
-    for name, tensor in zip(names, pair, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; it must be one of "
-                + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
-            )
-        if tensor.dim() != dimensions and not ("..." in shape and tensor.dim() >= 2):
-            raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
-        if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
-            raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
-    check_alike(names, pair)
     query, key = pair
-    if key.shape == query.shape:
+    _check_embeddings(names[0], query, shape, empty)
+    equal = isinstance(key, Tensor) and key.shape == query.shape and key.dtype == query.dtype
+    if not equal:
+        _check_embeddings(names[1], key, shape, empty)
+    check_alike(names, pair)
+    if equal:
         return
     more = extra_rows and key.dim() == query.dim() and key.shape[-2] > query.shape[-2]
-    if not more or key.shape != query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:]:
+    if key.shape != (
+        query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:] if more else query.shape
+    ):
         allowed = f"{names[1]} may have more rows, otherwise " if extra_rows else ""
         raise ValueError(
             f"{names[1]} has shape {_shape(key)} but {names[0]} has {_shape(query)}; "
             f"{allowed}they must be equal"
         )
+
+
+def _check_embeddings(name: str, tensor: Tensor, shape: str, empty: bool) -> None:
+    """Of `check_pair`, what one tensor has to be by itself."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; it must be one of "
+            + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        )
+    if tensor.dim() != shape.count(",") + 1 and not ("..." in shape and tensor.dim() >= 2):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
+    if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
 
 
 def check_alike(names: tuple[str, str], pair: tuple[Tensor, Tensor]) -> None:

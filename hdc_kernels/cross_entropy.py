@@ -146,15 +146,19 @@ def cross_entropy(
         query, key = query.flatten(0, -3), key.flatten(0, -3)
     count = math.prod(query.shape[:-2]) * (query.shape[-2] if queries is None else queries.size)
     summed = options.reduction != "none" and options.sample_weights is None
-    arguments = {
-        "weights": [1.0] if summed else None,
-        "divisor": count if summed and options.reduction == "mean" else 1,
-        "symmetric": symmetric,
-        "ranked": options.return_metrics,
-        "per_row": options.return_metrics,
+    found = compare(
+        query,
+        key,
+        mask,
+        queries,
+        keys,
+        weights=[1.0] if summed else None,
+        divisor=count if summed and options.reduction == "mean" else 1,
+        symmetric=symmetric,
+        ranked=options.return_metrics,
+        per_row=options.return_metrics,
         **options.primitive(),
-    }
-    found = compare(query, key, mask, queries, keys, **arguments)
+    )
     excess = None
     if options.label_smoothing:
         x, y = (embeddings(t, normalize=options.normalize) for t in (query, key))
