@@ -48,8 +48,8 @@ class Call(NamedTuple):
     ) -> Problems:
         """What a backend takes."""
         return Problems(
-            self._grouped(x),
-            self._grouped(y),
+            tuple(x),
+            tuple(y),
             (1.0,) * self.pairs if self.weights is None else self.weights,
             self.temperature if tau is None else tau,
             self.normalize,
@@ -61,6 +61,7 @@ class Call(NamedTuple):
             self.ranked,
             self.beta,
             self.per_row,
+            self.rows_first,
         )
 
     def plain(
@@ -76,7 +77,7 @@ class Call(NamedTuple):
     ) -> tuple[Terms, list[Tensor]]:
         """Terms and the total's gradients, as `backward` has them, in the dtype that they are computed in."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
-        return terms, self._listed(gradients, x, y)
+        return terms, self._listed(gradients)
 
     def backward(
         self,
@@ -89,41 +90,13 @@ class Call(NamedTuple):
     ) -> list[Tensor]:
         """(dτ, dbias if there is one, *dx, *dy if they are needed) of Σ upstream · terms."""
         problems = self.problems(tau, bias, x, y)
-        return self._listed(implementation(self.backend).backward(problems, lse, upstream), x, y)
+        return self._listed(implementation(self.backend).backward(problems, lse, upstream))
 
-    def _listed(
-        self, gradients: Gradients, x: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _listed(self, gradients: Gradients) -> list[Tensor]:
         scalars = [gradients.temperature]
         if gradients.bias is not None:
             scalars.append(gradients.bias)
-        dy = self._like(gradients.y, y) if self.needs_y else []
-        return [*scalars, *self._like(gradients.x, x), *dy]
-
-    def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each as [G, rows, D]."""
-        if self.rows_first:
-            return tuple(
-                [
-                    x.transpose(0, 1)
-                    if k < self.rows_first
-                    else x.unsqueeze(0)
-                    if x.dim() == 2
-                    else x
-                    for k, x in enumerate(inputs)
-                ]
-            )
-        return tuple([x.unsqueeze(0) if x.dim() == 2 else x for x in inputs])
-
-    def _like(self, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of `_grouped` inputs as gradients of the inputs."""
-        pairs = zip(gradients, inputs, strict=True)
-        if self.rows_first:
-            return [
-                g.transpose(0, 1) if k < self.rows_first else g.squeeze(0) if x.dim() == 2 else g
-                for k, (g, x) in enumerate(pairs)
-            ]
-        return [g.squeeze(0) if x.dim() == 2 else g for g, x in pairs]
+        return [*scalars, *gradients.x, *(gradients.y if self.needs_y else ())]
 
 
 def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

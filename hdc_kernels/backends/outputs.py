@@ -27,7 +27,7 @@ NO_ROWS = Rows(
 
 def empty_rows(problems: Problems) -> Rows:
     """For every row of every problem."""
-    rows = sum([x.shape[0] * x.shape[1] for x in problems.x])
+    rows = sum(problems.rows)
     device, dtype = problems.x[0].device, reference.compute_dtype(problems.x[0].dtype)
     return Rows(
         torch.empty(rows, dtype=dtype, device=device),
