@@ -202,7 +202,8 @@ def _against(
     options: Options,
 ) -> Contrast:
     """Terms, [B], against private negatives, or against shared ones and no other key."""
-    arguments, ranked = {"weights": None, **options.primitive()}, options.return_metrics
+    ranked = options.return_metrics
+    arguments = {"weights": None, "per_row": ranked, **options.primitive()}
     if negatives.dim() == 3:
         own = torch.cat((key[: len(query)].unsqueeze(1), negatives), 1)
         alone = contrast([(query.unsqueeze(1), own)], ranked=ranked, **arguments)
