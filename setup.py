@@ -5,23 +5,24 @@
                      may name other devices than `ARCHITECTURES`, in nvcc's words and between spaces: sm_90a is
                      machine code for 9.0, compute_100 PTX for 10.0 and everything later. "none" does without.
 
-The libraries have a plain C interface: building them needs neither torch nor Python's headers, and one wheel
-serves every torch and every Python. Everything that is not compiled is declared in pyproject.toml.
+ninja runs the compilers side by side, for what has changed. The libraries have a plain C interface: building them
+needs neither torch nor Python's headers, and one wheel serves every torch and every Python. Everything that is not
+compiled is declared in pyproject.toml.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
-from setuptools.modified import newer_group
 
 FLAGS = [
     "-std=c++17",
@@ -85,32 +86,28 @@ class BuildKernels(build_ext):
             self._go_on_without(ext, error)
 
     def _build_cpu(self, ext: Extension) -> None:
-        """One object for each instruction set, side by side; without OpenMP where the compiler has none."""
+        """One object for each instruction set; without OpenMP where the compiler has none."""
         try:
             self._build_on_threads(ext, ["-fopenmp"])
         except (CompileError, LinkError):
             self._build_on_threads(ext, [])
 
     def _build_on_threads(self, ext: Extension, openmp: list[str]) -> None:
-        def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
-            name, source, flags = job
-            folder = str(Path(self.build_temp, name))
-            flags = [*FLAGS, *openmp, *flags]
-            return self.compiler.compile(
-                [source], folder, extra_postargs=flags, depends=ext.depends
-            )
-
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
         jobs = [("dispatch", "csrc/contrast.cpp", DISPATCH)]
         for name, width, flags in INSTRUCTION_SETS:
             macros = [f"-DHDC_ISA={name}", f"-DHDC_VECTOR_BYTES={width}"]
             jobs.append((name, "csrc/contrast_isa.cpp", [*macros, *flags]))
-        with ThreadPoolExecutor() as pool:
-            objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        commands = {
+            f"{name}.o": [*compiler, *FLAGS, *openmp, *flags, "-c", Path(source).absolute()]
+            for name, source, flags in jobs
+        }
+        objects = run_ninja(Path(self.build_temp, "cpu"), commands)
         library = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
 
     def _build_cuda(self, ext: Extension) -> None:
-        """One object for each source that has changed, side by side, the largest sources first."""
+        """One object for each source, the largest first: it may take longer than all others together."""
         nvcc = find_nvcc()
         architectures = cuda_architectures(nvcc)
         hopper = "sm_90a" in architectures
@@ -118,29 +115,20 @@ class BuildKernels(build_ext):
         ptx = [int(name.removeprefix("compute_")) for name in architectures if "compute" in name]
         if ptx:
             macros.append(f"-DHDC_CUDA_PTX={min(ptx)}")
-        folder = Path(self.build_temp, "cuda", "_".join(architectures))
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source: Path) -> str:
-            target = folder / f"{source.stem}.o"
-            if newer_group([str(source), *ext.depends, __file__], str(target)):
-                only_hopper = source.name.startswith("hopper_")
-                wanted = ["sm_90a"] if only_hopper else architectures
-                code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in wanted]
-                run_nvcc(
-                    CompileError, nvcc, *NVCC_FLAGS, *macros, *code, "-c", source, "-o", target
-                )
-            return str(target)
-
-        sources = [Path(source) for source in ext.sources]
-        sources = [s for s in sources if hopper or not s.name.startswith("hopper_")]
-        sources.sort(key=lambda source: source.stat().st_size, reverse=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
+        commands = {}
+        for source in sorted(map(Path, ext.sources), key=lambda source: -source.stat().st_size):
+            only_hopper = source.name.startswith("hopper_")
+            if only_hopper and not hopper:
+                continue
+            wanted = ["sm_90a"] if only_hopper else architectures
+            code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in wanted]
+            options = [*NVCC_FLAGS, *macros, *code]
+            commands[f"{source.stem}.o"] = [nvcc, *options, "-c", source.absolute()]
+        objects = run_ninja(Path(self.build_temp, "cuda"), commands)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # The runtime is linked in, and cannot be seen from outside: PyTorch brings another one.
-        run_nvcc(LinkError, nvcc, "-shared", "-cudart=static", *objects, "-o", library)
+        call(LinkError, nvcc, "-shared", "-cudart=static", *objects, "-o", library)
 
     def _go_on_without(self, ext: Extension, error: BaseError) -> None:
         self.extensions = [other for other in self.extensions if other is not ext]
@@ -171,7 +159,7 @@ def cuda_architectures(nvcc: str) -> list[str]:
         raise CompileError(
             f"HDC_CUDA_ARCHITECTURES has {wrong[0]!r}; it may have names such as sm_80, sm_90a, compute_100"
         )
-    known = run_nvcc(CompileError, nvcc, "--list-gpu-arch").split()
+    known = call(CompileError, nvcc, "--list-gpu-arch").split()
     default = [
         name
         for name in ARCHITECTURES.split()
@@ -180,14 +168,33 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return asked or default
 
 
-def run_nvcc(failure: type[BaseError], nvcc: str, *arguments: str | Path) -> str:
+def run_ninja(folder: Path, commands: dict[str, list[str | Path]]) -> list[str]:
+    """Compile side by side what has changed: the source, a header it includes, or the command itself.
+
+    The keys are objects in `folder`, the last word of a command is its source. Returns the objects' paths.
+    """
+    ninja = shutil.which("ninja")
+    lines = ["rule compile", "  command = $run -o $out -MD -MF $out.d", "  depfile = $out.d"]
+    lines.append("  deps = gcc")
+    for target, command in commands.items():
+        source = re.sub(r"([$: ])", r"$\1", str(command[-1]))
+        words = shlex.join(map(str, command)).replace("$", "$$")
+        lines += [f"build {target}: compile {source}", f"  run = {words}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    call(CompileError, *([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-C", folder)
+    return [str(folder / target) for target in commands]
+
+
+def call(failure: type[BaseError], *command: str | Path) -> str:
     """What it prints; raises `failure` with the end of what it says if it fails."""
     try:
-        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise failure(str(error)) from error
     if done.returncode:
-        raise failure((done.stderr or f"{nvcc} returned {done.returncode}")[-2000:].strip())
+        said = done.stdout[-2000:].strip()
+        raise failure(said or f"{command[0]} returned {done.returncode}")
     return done.stdout
 
 

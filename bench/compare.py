@@ -2,6 +2,7 @@
 
     python bench/compare.py                       everything that this machine can measure
     python bench/compare.py --quick --sizes 64    a glance, in half a minute
+    python bench/compare.py --family-into A.json  the other losses alone, into a stored result
     python bench/compare.py --refresh A.json ...  plots and tables out of stored results, measuring nothing
 
 What is not installed is reported as missing. `bench/results/README.md` says what was measured where.
@@ -54,8 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for written in [*plots.write(results), *report.refresh(results)]:
             print(written)
         return
-    result = measure(given)
-    out = given.out or HERE / "results" / f"{given.device}-{result['machine']['date'][:10]}.json"
+    if given.family_into:
+        out, result = given.family_into, json.loads(given.family_into.read_text())
+        given.device, given.dtype = (result["settings"][what] for what in ("device", "dtype"))
+    else:
+        result = measure(given)
+        name = f"{given.device}-{result['machine']['date'][:10]}.json"
+        out = given.out or HERE / "results" / name
+        atomic.write_json(out, result)
+    if given.family or given.family_into:
+        measure_family(given, result)
     atomic.write_json(out, result)
     report.show(result)
     print(f"\nstored in {out}")
@@ -85,6 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"the other losses, too, each beside its peer; B = {' and '.join(map(str, FAMILY_SIZES))}"
     )
     add("--family", action="store_true", help=sizes)
+    add("--family-into", type=Path, metavar="JSON", help="only these, anew in a stored result")
     add(
         "--peers",
         nargs="*",
@@ -99,7 +109,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="spent on each contender in each case; default: %(default)s",
     )
     add(
-        "--limit", type=float, default=60, help="seconds that a step may take; default: %(default)s"
+        "--limit",
+        type=float,
+        default=60,
+        help="seconds that a step of others may take; default: %(default)s",
     )
     add("--quick", action="store_true", help="leave out what compiles")
     add("--out", type=Path, help="default: bench/results/DEVICE-DATE.json")
@@ -116,32 +129,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Memory first, which tells what will not fit; then time; then accuracy."""
-    cpu = given.device == "cpu"
-    spec = {
-        "limit": given.limit,
-        "seconds": given.seconds,
-        "memory": MEMORY_SHARE * machine.available_memory(given.device),
-        "threads": max(given.threads),
-        "barred": {},
-    }
+    cpu, spec = given.device == "cpu", _spec(given)
     memory: list[dict[str, Any]] = []
     if cpu:
         probed = [PROBE] if given.sizes[0] > PROBE else []
         cases = _cases(given, probed + given.sizes)
-        cases += _family_cases(given, (FAMILY_SIZES[0], FAMILY_MEMORY_SIZE))
         memory = _child("memory", {**spec, "cases": cases}, PINNED)
-    spec["barred"] = {
-        f"{case['problem']}/{case['batch']}/{name}": found["reason"]
-        for case in memory
-        for name, found in case["contenders"].items()
-        if found["status"] in ("skipped", "failed")
-    }
+        spec["barred"] = _barred(memory)
     runs = []
     for threads in given.threads if cpu else [torch.get_num_threads()]:
         for allocator, environment in _allocators(given).items():
             cases = [_case(given, "overhead", 1), *_cases(given, given.sizes)]
-            if threads == max(given.threads) and not environment:
-                cases += _family_cases(given, FAMILY_SIZES)
             timed = {**spec, "threads": threads, "cases": cases}
             cases = _child("measure", timed, environment, f"{allocator}, threads: {threads}")
             runs.append({"allocator": allocator, "threads": threads, "cases": cases})
@@ -159,12 +157,55 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         },
         "notes": {
             problem: {contender.name: contender.note for contender in roster.of(problem)}
-            for problem in ("InfoNCE", "HD-NCE", "overhead", *(FAMILY if given.family else ()))
+            for problem in ("InfoNCE", "HD-NCE", "overhead")
         },
-        "family": {what: machine.describe()[what] for what in ("date", "commit")},
         "runs": runs,
         "memory": memory if cpu else runs[0]["cases"],
         "accuracy": accuracy.run(given.device),
+    }
+
+
+def measure_family(given: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Put the other losses into a result, instead of those that it has."""
+    spec = _spec(given)
+    memory: list[dict[str, Any]] = []
+    if given.device == "cpu":
+        cases = _family_cases(given, (FAMILY_SIZES[0], FAMILY_MEMORY_SIZE))
+        memory = _child("memory", {**spec, "cases": cases}, PINNED)
+        spec["barred"] = _barred(memory)
+    cases = _child("measure", {**spec, "cases": _family_cases(given, FAMILY_SIZES)}, what="time")
+    most = max(run["threads"] for run in result["runs"])
+    run = next(r for r in result["runs"] if (r["allocator"], r["threads"]) == ("default", most))
+    run["cases"] = _without_family(run["cases"]) + cases
+    result["memory"] = _without_family(result["memory"]) + (memory or cases)
+    for problem in FAMILY:
+        result["notes"][problem] = {c.name: c.note for c in FAMILY[problem]}
+    result["family"] = {what: machine.describe()[what] for what in ("date", "commit")}
+    result["family"] |= {"seconds": given.seconds, "limit": given.limit}
+
+
+def _without_family(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [case for case in cases if case["problem"] not in FAMILY]
+
+
+def _spec(given: argparse.Namespace) -> dict[str, Any]:
+    """What the scripts beside this one go by, but for their cases."""
+    return {
+        "limit": given.limit,
+        "seconds": given.seconds,
+        "memory": MEMORY_SHARE * machine.available_memory(given.device),
+        "threads": max(given.threads),
+        "barred": {},
+    }
+
+
+def _barred(memory: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Whom not to time, and why: who did not fit."""
+    return {
+        f"{case['problem']}/{case['batch']}/{name}": found["reason"]
+        for case in memory
+        for name, found in case["contenders"].items()
+        if found["status"] in ("skipped", "failed")
     }
 
 
@@ -182,8 +223,7 @@ def _cases(given: argparse.Namespace, sizes: Sequence[int]) -> list[dict[str, An
 
 
 def _family_cases(given: argparse.Namespace, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    problems = FAMILY if given.family else ()
-    return [_case(given, problem, batch) for problem in problems for batch in sizes]
+    return [_case(given, problem, batch) for problem in FAMILY for batch in sizes]
 
 
 def _case(given: argparse.Namespace, problem: str, batch: int) -> dict[str, Any]:

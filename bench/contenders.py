@@ -45,6 +45,11 @@ class Case(NamedTuple):
         return self.problem == "symmetric InfoNCE"
 
     @property
+    def keys_are_fixed(self) -> bool:
+        """Whether nobody asks for the key's gradient: a momentum encoder made it."""
+        return self.problem == "MoCo"
+
+    @property
     def flops(self) -> int:
         """The useful ones of a forward and backward pass: three products of matrices."""
         problems = sum(STEPS) + len(STEPS) if self.problem == "HD-NCE" else 1
@@ -58,10 +63,10 @@ class Case(NamedTuple):
             shapes += [(self.batch, self.width)] * (2 * len(STEPS))
         generator = torch.Generator().manual_seed(seed)
         dtype = getattr(torch, self.dtype)
-        return [
-            torch.randn(shape, generator=generator).to(self.device, dtype).requires_grad_()
-            for shape in shapes
-        ]
+        made = [torch.randn(shape, generator=generator).to(self.device, dtype) for shape in shapes]
+        for tensor in made[:1] if self.keys_are_fixed else made:
+            tensor.requires_grad_()
+        return made
 
 
 class Unfit(Exception):

@@ -1,6 +1,7 @@
 """Every loss but plain InfoNCE and HD-NCE, each beside the package that people use it from.
 
-All of a query and a key, [B, D]; each row of either is a sample of its own, or one of SAME samples of a class.
+All of a query and a key, [B, D]; each row of either is a sample of its own, or one of SAME samples of a class. Both
+get their gradients, but for MoCo's key: there, as in any use of it, key and queue come from a momentum encoder.
 """
 
 from collections.abc import Callable
@@ -161,8 +162,8 @@ FAMILY: dict[str, list[Contender]] = {
         Contender(LIGHTLY, "DCLWLoss", lightly("DCLWLoss"), peer=True),
     ],
     "MoCo": [
-        Contender(OURS, f"fused_moco, a queue of {QUEUE}·B keys", moco),
-        Contender("info-nce-pytorch", "info_nce with negative_keys", info_nce_pytorch_queue, peer=True),
+        Contender(OURS, f"fused_moco, a queue of {QUEUE}·B keys, fixed keys", moco),
+        Contender("info-nce-pytorch", "info_nce with negative_keys, fixed keys", info_nce_pytorch_queue, peer=True),
     ],
     "ranking": [
         Contender(OURS, "fused_info_nce", _ours(fused_info_nce)),

@@ -170,7 +170,12 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 def step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Loss and gradients."""
     value = loss(*inputs)
-    return value.detach(), *torch.autograd.grad(value, inputs)
+    return value.detach(), *torch.autograd.grad(value, _variables(inputs))
+
+
+def _variables(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those that have a gradient."""
+    return [t for t in inputs if t.requires_grad]
 
 
 def _rounds(
@@ -201,20 +206,21 @@ def _rounds(
 
 
 def _sample_cpu(loss: Loss, inputs: list[Tensor]) -> dict[str, float]:
-    clock = time.perf_counter
+    clock, variables = time.perf_counter, _variables(inputs)
     begin = clock()
     with torch.no_grad():
         loss(*inputs)
     start = clock()
     value = loss(*inputs)
     middle = clock()
-    torch.autograd.grad(value, inputs)
+    torch.autograd.grad(value, variables)
     end = clock()
     return _parts(start - begin, middle - start, end - middle)
 
 
 def _sample_gpu(loss: Loss, inputs: list[Tensor]) -> dict[str, float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    variables = _variables(inputs)
     torch.cuda.synchronize()
     events[0].record()
     with torch.no_grad():
@@ -222,7 +228,7 @@ def _sample_gpu(loss: Loss, inputs: list[Tensor]) -> dict[str, float]:
     events[1].record()
     value = loss(*inputs)
     events[2].record()
-    torch.autograd.grad(value, inputs)
+    torch.autograd.grad(value, variables)
     events[3].record()
     events[3].synchronize()
     return _parts(*(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)))

@@ -166,8 +166,9 @@ def _family(result: Result) -> Iterator[tuple[str, list[str], Rows]]:
 
 
 def _brief(cell: str) -> str:
-    """Without the reason why there is no figure; that is in the JSON file."""
-    return cell.partition(":")[0]
+    """Without the reason why there is no figure, which is in the JSON file, but for what it would have taken."""
+    status, _, why = cell.partition(": ")
+    return why.partition(",")[0] if status == "skipped" else status
 
 
 def _every_contender(

@@ -16,6 +16,8 @@
 //             block E = exp(S − max), its row sums and O += E·Ŷ; then, as the sums are known, so is the
 //             coefficient of every row, w_i = weight·p_i / Σ_j E_ij with p_i = 1 − exp(−term_i), and
 //             dŶ += Eᵀ·(w X̂).  dx̂_i = (w_i O_i − weight·p_i ŷ_i) / τ.  (LOGSUMEXP: p = 1, and no ŷ_i.)
+//             2 products where dŶ is not asked for: E is then needed once, and no block of it is kept. Where a
+//             row's maximum rises, what is summed so far is scaled down.
 //   FORWARD   1 product. Block by block: running maxima and sums of rows and, if symmetric, of columns.
 //   BACKWARD  3 products. Block by block: the coefficients of S from the saved logsumexps; O, dŶ as above.
 //
@@ -27,7 +29,7 @@
 // bfloat16 and two of them multiplied at a time (vdpbf16ps). What is not a product stays as it is: norms,
 // positives, exponentials and their sums. It pays where the instruction is faster than two multiply-adds.
 //
-// Memory: copies of X̂ and Ŷ in the layouts that the products want, a panel for each thread, and a dŶ for each but
+// Memory: Ŷ in the two layouts that the products want, a panel of S and of X̂ for each thread, and a dŶ for each but
 // the first, which adds up in the caller's where that is laid out as the products write.
 // Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
 // 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
@@ -50,7 +52,8 @@ constexpr double ZERO_NORM = 1e-12;  // as in hdc_kernels/reference.py
 constexpr double LOG2E = 1.4426950408889634;
 constexpr long double LOG2E_FULL = 1.442695040888963407359924681L, LN2 = 0.693147180559945309417232121L;
 constexpr int64_t PANEL_ROWS = 256;
-constexpr int64_t PANEL_BYTES = 18 << 20;  // above this, panels get fewer rows: 128 of 32,768 float columns
+// Above this, panels get fewer rows: 108 of 32,768 float columns. Half as many rows, of 16,384, cost 1.5 % of time.
+constexpr int64_t PANEL_BYTES = 16 << 20;
 constexpr int64_t BLOCK = 128;
 
 template <typename T>
@@ -101,33 +104,28 @@ struct Packed {
     static constexpr int64_t W = TILE_WIDTH<T>;
 
     int64_t width, stride;                // of a row: D rounded up to whole vectors; see row_stride
-    T *x, *y;                             // [rows, stride]; [columns, stride]: the same where the embeddings are
+    bool is_one;                          // whether everything is compared with itself
+    T* y;                                 // [columns, stride]
     T* y_transposed;                      // [columns / W, width, W], or with PAIRS [columns / W, width / 2, W]
     int64_t half_stride;                  // of a row of pairs of neighbours
-    T *x_pairs, *y_pairs;                 // with PAIRS: [rows, half_stride]; [columns / 2, stride]
+    T* y_pairs;                           // with PAIRS: [columns / 2, stride]
     double *x_inverse, *y_inverse;        // 1 / |x|, 0 for a zero vector
     double *positive;                     // S_ii τ
     double *row_lse, *column_lse;         // of the negatives
     double *tilt_lse;                     // TILTED: log Σ exp(β S); row_lse is that of (1 + β) S
     double *row_weight, *column_weight;   // the coefficient of −ŷ_i in dx̂_i τ: upstream · p
 
-    // Whether everything is compared with itself.
-    static bool is_one(const HdcProblem& p) {
-        return p.x.data == p.y.data && p.rows == p.columns && p.x.group_stride == p.y.group_stride &&
-               p.x.row_stride == p.y.row_stride && p.x.column_stride == p.y.column_stride;
-    }
-
     void lay_out(Scratch& scratch, const HdcProblem& problem, const HdcCall& call) {
         const bool symmetric = call.symmetric, pairs = call.bfloat16;
+        const HdcMatrix &of_x = problem.x, &of_y = problem.y;
+        is_one = of_x.data == of_y.data && problem.rows == problem.columns && of_x.group_stride == of_y.group_stride &&
+                 of_x.row_stride == of_y.row_stride && of_x.column_stride == of_y.column_stride;
         width = round_up(problem.width, pairs ? 2 * LANES<T> : LANES<T>);
         stride = row_stride<T>(width);
         half_stride = row_stride<T>(width / 2);
         const int64_t columns = round_up(problem.columns, W);
         scratch.take(y, columns * stride);
-        if (is_one(problem)) x = y;
-        else scratch.take(x, problem.rows * stride);
         scratch.take(y_transposed, columns * width);
-        scratch.take(x_pairs, pairs ? problem.rows * half_stride : 0);
         scratch.take(y_pairs, pairs ? columns / 2 * stride : 0);
         scratch.take(x_inverse, problem.rows);
         scratch.take(y_inverse, problem.columns);
@@ -144,7 +142,9 @@ struct Packed {
 template <typename T>
 struct Private {
     int64_t panel_rows;
-    T* panel;       // STEP: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
+    T* panel;       // STEP with dŶ: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
+    T* x;           // [panel_rows, stride]: X̂, unless it is Ŷ
+    T* x_pairs;     // with PAIRS: [panel_rows, half_stride]
     T* sums;        // [panel_rows, stride]: O
     T* weighted;    // [panel_rows, stride]: STEP: the panel of X̂, times what its rows weigh
     T* pairs;       // with PAIRS: a block's coefficients, or LANES rows of Ŷ, rounded
@@ -165,9 +165,9 @@ struct Private {
         const bool gradients = call.task != HDC_FORWARD, symmetric = call.symmetric, dys = gradients && problem.dy.data;
         const bool as_computed = call.task == HDC_STEP || call.dtype == HDC_FLOAT64 || call.dtype == HDC_FLOAT32;
         in_place = is_first && dys && as_computed && problem.dy.column_stride == 1 && width == problem.width;
-        dy_stride = in_place ? problem.dy.row_stride : stride;
+        dy_stride = in_place ? problem.dy.row_stride : width;
         const bool softplus = call.function == HDC_SOFTPLUS, tilted = call.function == HDC_TILTED;
-        const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted;
+        const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted && dys;
         const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
         const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
@@ -175,13 +175,15 @@ struct Private {
         const int64_t share = (problem.rows + threads - 1) / threads, panels = (share + most - 1) / most;
         panel_rows = round_up((share + panels - 1) / panels, TILE_ROWS);
         scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
+        scratch.take(x, panel_rows * stride);
+        scratch.take(x_pairs, call.bfloat16 ? panel_rows * row_stride<T>(width / 2) : 0);
         scratch.take(row_maximum, panel_rows * LANES<T>);
         scratch.take(row_sum, panel_rows * LANES<T>);
         scratch.take(row_second, softplus || tilted ? panel_rows * LANES<T> : 0);
         scratch.take(diagonal, panel_rows);
         scratch.take(sums, gradients ? panel_rows * stride : 0);
         scratch.take(weighted, dys ? panel_rows * stride : 0);
-        scratch.take(dy, dys && !in_place ? problem.columns * stride : 0);
+        scratch.take(dy, dys && !in_place ? problem.columns * dy_stride : 0);
         scratch.take(gradient, gradients ? stride : 0);
         scratch.take(pairs, call.bfloat16 ? std::max(panel_rows * BLOCK_STRIDE<T>, LANES<T> * stride) : 0);
         scratch.take(column_maximum, symmetric ? columns : 0);
@@ -257,7 +259,8 @@ class Contrast {
         for (int64_t d = 0; d < group.width; d++) to[d * matrix.column_stride] = convert<To>(values[d]);
     }
 
-    const T* x_row(int64_t row) const { return packed.x + row * packed.stride; }
+    // Of the current panel.
+    const T* x_row(int64_t row) const { return packed.is_one ? y_row(row) : own.x + (row - first) * packed.stride; }
 
     const T* y_row(int64_t row) const { return packed.y + row * packed.stride; }
 
@@ -267,7 +270,7 @@ class Contrast {
         for (int64_t column = begin; column < end; column += W)
             if constexpr (ELEMENTS == PAIRS)
                 multiply<T, BY_ROW, PAIRS>(count, end - column,
-                                           {packed.x_pairs + first * packed.half_stride, packed.half_stride},
+                                           {own.x_pairs, packed.half_stride},
                                            {packed.y_transposed + column * packed.width / 2, W}, packed.width / 2,
                                            out + (column - begin), STRIDE, false);
             else
@@ -382,6 +385,22 @@ class Contrast {
         }
     }
 
+    // x̂ of any row, where it is or made in `out`.
+    const T* unit_x(int64_t row, T* out) const {
+        if (packed.is_one) return y_row(row);
+        scale_row(read(group.x, row, out), packed.x_inverse[row], out);
+        return out;
+    }
+
+    // The panel of X̂ from row `first` on.
+    void start_panel(Share rows) {
+        count = std::min(own.panel_rows, rows.end - first);
+        for (int64_t i = 0; i < count; i++) {
+            const T* x = unit_x(first + i, own.x + i * packed.stride);
+            pair_row(x, own.x_pairs + i * packed.half_stride);
+        }
+    }
+
     void start_rows() {
         if (group.ranks) std::fill_n(group.ranks + first, count, int64_t(0));
         std::fill(own.row_maximum, own.row_maximum + count * V, LOWEST<T>);
@@ -456,15 +475,15 @@ class Contrast {
           per_row(call.terms), scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
           scale2(T(LOG2E * row_scale)), tilt_scale2(T(LOG2E * tilt_scale)) {}
 
-    // X̂, Ŷ and the positives of the rows and columns of these numbers, of either of which there may be fewer.
+    // Norms, Ŷ and the positives of the rows and columns of these numbers, of either of which there may be fewer.
     // Squares and products are summed in float64. `numbers` begins at a whole tile.
     void pack(Share numbers) {
         const Share columns{std::min(numbers.begin, group.columns), std::min(numbers.end, group.columns)};
         for (int64_t j = numbers.begin; j < numbers.end; j++) {
             const bool has_x = j < group.rows, has_y = j < group.columns;
-            T *unit_x = packed.x + j * packed.stride, *unit_y = packed.y + j * packed.stride;
+            T* unit_y = packed.y + j * packed.stride;
             if (has_x && has_y) {
-                const T *x = read(group.x, j, unit_x), *y = read(group.y, j, unit_y);
+                const T *x = read(group.x, j, own.x), *y = read(group.y, j, unit_y);
                 Vector<double> xx{}, xy{}, yy{};
                 for (int64_t d = 0; d < packed.width; d += LANES<double>) {
                     const Vector<double> a = load_wide(x + d), b = load_wide(y + d);
@@ -473,15 +492,14 @@ class Contrast {
                 packed.x_inverse[j] = inverse_norm(sum_of_lanes<double>(xx));
                 packed.y_inverse[j] = inverse_norm(sum_of_lanes<double>(yy));
                 packed.positive[j] = sum_of_lanes<double>(xy) * packed.x_inverse[j] * packed.y_inverse[j];
-                scale_row(x, packed.x_inverse[j], unit_x);
-                if (unit_x != unit_y) scale_row(y, packed.y_inverse[j], unit_y);
+                scale_row(y, packed.y_inverse[j], unit_y);
             } else {
-                const T* row = has_x ? read(group.x, j, unit_x) : read(group.y, j, unit_y);
+                const T* row = has_x ? read(group.x, j, own.x) : read(group.y, j, unit_y);
                 double& inverse = has_x ? packed.x_inverse[j] : packed.y_inverse[j];
                 Vector<double> squares{};
                 for (int64_t d = 0; d < packed.width; d += LANES<double>) squares += load_wide(row + d) * load_wide(row + d);
                 inverse = inverse_norm(sum_of_lanes<double>(squares));
-                scale_row(row, inverse, has_x ? unit_x : unit_y);
+                if (has_y) scale_row(row, inverse, unit_y);
             }
         }
         for (int64_t j = columns.end; j % W; j++) std::fill_n(packed.y + j * packed.stride, packed.width, T(0));
@@ -499,9 +517,6 @@ class Contrast {
             }
             for (int64_t d = 0; d < steps_of_width(); d += V) transpose(rows + d, stride, tile + d * W, W);
         }
-        if constexpr (ELEMENTS == PAIRS)
-            for (int64_t i = numbers.begin; i < std::min(numbers.end, group.rows); i++)
-                pair_row(x_row(i), packed.x_pairs + i * packed.half_stride);
     }
 
     // SOFTPLUS, any task: what becomes of each block depends on nothing but the block.
@@ -511,7 +526,7 @@ class Contrast {
         std::fill_n(ones, PANEL_ROWS, 1.0);
         const bool gradients = call.task != HDC_FORWARD, saved = call.task == HDC_BACKWARD;
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
-            count = std::min(own.panel_rows, rows.end - first);
+            start_panel(rows);
             start_rows();
             if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
             find_positives();
@@ -561,24 +576,10 @@ class Contrast {
         own.has_dy = rows.begin < rows.end;
         double factors[PANEL_ROWS];
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
-            count = std::min(own.panel_rows, rows.end - first);
+            start_panel(rows);
             start_rows();
-            for (int64_t block = 0; block < blocks(); block++) {
-                T* values = block_of_panel(block);
-                similarities(block, values);
-                const int64_t width = round_up(columns_of(block), V);
-                for (int64_t i = 0; i < count; i++)
-                    store(own.row_maximum + i * V, maximum_of_row(values + i * STRIDE, width, load(own.row_maximum + i * V)));
-            }
-            for (int64_t i = 0; i < count; i++) {
-                const T highest = highest_lane<T>(load(own.row_maximum + i * V));
-                store(own.row_maximum + i * V, broadcast(highest));
-            }
-            for (int64_t block = 0; block < blocks(); block++) {
-                count_unbeaten(block_of_panel(block), columns_of(block));
-                exponentials(block);
-                add_to_sums(block_of_panel(block), block);
-            }
+            if (group.dy.data) sum_panel();
+            else sum_in_passing();
             for (int64_t i = 0; i < count; i++) {
                 const double sum = double(sum_of_lanes<T>(load(own.row_sum + i * V)));
                 finish_row(i, own.row_maximum[i * V], sum);
@@ -594,9 +595,54 @@ class Contrast {
         }
     }
 
+    // The panel becomes E; its row sums and O.
+    void sum_panel() {
+        for (int64_t block = 0; block < blocks(); block++) {
+            T* values = block_of_panel(block);
+            similarities(block, values);
+            const int64_t width = round_up(columns_of(block), V);
+            for (int64_t i = 0; i < count; i++)
+                store(own.row_maximum + i * V, maximum_of_row(values + i * STRIDE, width, load(own.row_maximum + i * V)));
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const T highest = highest_lane<T>(load(own.row_maximum + i * V));
+            store(own.row_maximum + i * V, broadcast(highest));
+        }
+        for (int64_t block = 0; block < blocks(); block++) {
+            count_unbeaten(block_of_panel(block), columns_of(block));
+            exponentials(block, block_of_panel(block));
+            add_to_sums(block_of_panel(block), block);
+        }
+    }
+
+    // The same sums, a block at a time.
+    void sum_in_passing() {
+        find_positives();
+        for (int64_t block = 0; block < blocks(); block++) {
+            similarities(block, own.panel);
+            count_unbeaten(own.panel, columns_of(block));
+            raise_maxima(round_up(columns_of(block), V), block > 0);
+            exponentials(block, own.panel);
+            add_to_sums(own.panel, block);
+        }
+    }
+
+    // The rows' maxima over one more block, and sums relative to them; O only if there is any yet.
+    void raise_maxima(int64_t width, bool has_sums) {
+        for (int64_t i = 0; i < count; i++) {
+            const T before = own.row_maximum[i * V];
+            const T now = highest_lane<T>(maximum_of_row(own.panel + i * STRIDE, width, broadcast(before)));
+            if (!(now > before)) continue;
+            const Vector<T> factor = exp2((broadcast(before) - now) * scale2);
+            store(own.row_maximum + i * V, broadcast(now));
+            store(own.row_sum + i * V, load(own.row_sum + i * V) * factor);
+            T* sums = own.sums + i * packed.stride;
+            for (int64_t d = 0; d < packed.width && has_sums; d += V) store(sums + d, load(sums + d) * factor);
+        }
+    }
+
     // S τ -> exp(S − maximum), and the sums of the rows.
-    void exponentials(int64_t block) {
-        T* values = block_of_panel(block);
+    void exponentials(int64_t block, T* values) {
         const int64_t width = round_up(columns_of(block), V);
         for (int64_t i = 0; i < count; i++) {
             T* row = values + i * STRIDE;
@@ -618,7 +664,7 @@ class Contrast {
             std::fill_n(own.column_sum, round_up(group.columns, V), T(0));
         }
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
-            count = std::min(own.panel_rows, rows.end - first);
+            start_panel(rows);
             start_rows();
             find_positives();
             for (int64_t block = 0; block < blocks(); block++) {
@@ -717,7 +763,7 @@ class Contrast {
         double ones[PANEL_ROWS];
         std::fill_n(ones, PANEL_ROWS, 1.0);
         for (first = rows.begin; first < rows.end; first += own.panel_rows) {
-            count = std::min(own.panel_rows, rows.end - first);
+            start_panel(rows);
             if (ELEMENTS == PAIRS) weigh_rows(ones);
             for (int64_t block = 0; block < blocks(); block++) {
                 similarities(block, own.panel);
@@ -788,7 +834,7 @@ class Contrast {
         for (int64_t j = columns.begin; j < columns.end; j++) {
             const bool has_positive = positives && j < group.rows;
             const T weight = !has_positive ? T(0) : T(packed.row_weight[j] + (symmetric ? packed.column_weight[j] : 0));
-            const T* x = x_row(has_positive ? j : 0);
+            const T* x = has_positive ? unit_x(j, own.x) : y_row(j);  // any row, times 0
             finish_gradient(
                 [=](int64_t d) {
                     Vector<T> sum = -weight * load(x + d);

@@ -3,15 +3,17 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hdc import atomic
 from hdc.data.manifest import Manifest
 from hdc.data.video import read_all
 from hdc.retrieval import RetrievalResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GREEN, RED, INK, PAPER = "#1a7f37", "#cf222e", "#1f2328", "#ffffff"
 ROWS, SHOWN, GAP = 6, 3, 3  # queries, frames of a clip, pixels between frames
@@ -34,6 +36,8 @@ def draw_retrievals(
         labels: the manifest columns whose words stand below a clip, each green or red by itself.
         size: short side in pixels at which frames are decoded.
     """
+    from matplotlib.figure import Figure  # half a second that no other command should wait for
+
     queries = columns[0].result.queries.manifest
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(queries), min(ROWS, len(queries)), replace=False))
@@ -64,7 +68,7 @@ def draw_retrievals(
     atomic.write_bytes(path, image.getvalue())
 
 
-def _draw_clip(ax: Axes, manifest: Manifest, row: int, size: int) -> None:
+def _draw_clip(ax: "Axes", manifest: Manifest, row: int, size: int) -> None:
     """A clip as a strip of its first, middle and last frame."""
     start, count = int(manifest.start[row]), int(manifest.frames[row])
     frames = read_all(manifest.file(row), size, start, count)
@@ -78,7 +82,7 @@ def _draw_clip(ax: Axes, manifest: Manifest, row: int, size: int) -> None:
 
 
 def _draw_words(
-    ax: Axes, words: list[str], colors: list[str], hits: list[bool] | None = None
+    ax: "Axes", words: list[str], colors: list[str], hits: list[bool] | None = None
 ) -> None:
     """Class names below the clip, side by side; a hit is bold, so that colour is not the only sign."""
     places = (np.arange(len(words)) + 0.5) / len(words)

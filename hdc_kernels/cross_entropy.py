@@ -1,6 +1,7 @@
 """The cross-entropy of each row's positive among its columns: what InfoNCE, NT-Xent, CLIP and MoCo are."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class InfoNCEMetrics(NamedTuple):
     accuracy: the share of rows whose positive is closer than every negative; float32, no dimension.
     rank: [..., B] int64, how many negatives are at least as close as the positive: 0 is a hit.
     logsumexp: [..., B], log Σ exp(sim/τ) over the positive and the negatives, the softmax's denominator; DCL's has no
-        positive in it.
+        positive in it, and HN-NCE's is that of its own formula, of weighted negatives.
 
     With two directions (CLIP, `symmetric`), loss and logsumexp are the mean of both, accuracy and rank those of the
     first, from query to key.
@@ -125,7 +126,7 @@ def cross_entropy(
     *,
     symmetric: bool = False,
     mask: Mask = EVERYTHING,
-    columns: tuple[Tensor, int | Tensor] | None = None,
+    columns: Callable[[Tensor, Tensor], tuple[Tensor, int | Tensor]] | None = None,
     shape: tuple[int, ...] | None = None,
     queries: Rows | None = None,
     keys: Rows | None = None,
@@ -133,8 +134,8 @@ def cross_entropy(
     """−log softmax_j(s_ij)_i of query [..., B, D] and key [..., N, D], N ≥ B, over what `mask` lets through.
 
     Args:
-        columns: for label smoothing, the sum and the number of the columns' `embeddings` of each row, if these are
-            not all of `key`.
+        columns: for label smoothing, from the `embeddings` of query and key to the sum and the number of those that
+            are each row's columns, if these are not all of `key`.
         shape: of the terms, if not [..., B].
         queries, keys: whose rows they are, if there are other ranks; without `keys`, no key is exchanged.
 
@@ -163,8 +164,8 @@ def cross_entropy(
     if options.label_smoothing:
         x, y = (embeddings(t, normalize=options.normalize) for t in (query, key))
         own = y[..., : x.shape[-2], :]
-        columns = total(y, keys) if columns is None else columns
-        excess = over_uniform(x, own, columns, options.temperature)
+        everything = total(y, keys) if columns is None else columns(x, y)
+        excess = over_uniform(x, own, everything, options.temperature)
         if symmetric:
             back = over_uniform(y, x, total(x, queries), options.temperature)
             excess = (excess + back) / 2

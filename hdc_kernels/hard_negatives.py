@@ -1,7 +1,7 @@
 """InfoNCE that weights hard negatives: Robinson et al. 2021 (HCL) and Radenovic et al. 2023 (HN-NCE)."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,53 @@ from hdc_kernels.checks import (
     check_pair,
     check_temperature,
 )
+from hdc_kernels.cross_entropy import InfoNCEMetrics, Result
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.pairwise import Columns, logsumexp, tilted_mean
-from hdc_kernels.positives import divide, positive_logits
+from hdc_kernels.pairwise import Columns, sums
+from hdc_kernels.positives import accuracy, divide, positive_logits
 from hdc_kernels.reduction import check_sample_weights, reduce
+
+
+@overload
+def fused_hn_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    tau_plus: float = ...,
+    labels: Tensor | None = ...,
+    symmetric: bool = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_hn_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    tau_plus: float = ...,
+    labels: Tensor | None = ...,
+    symmetric: bool = ...,
+    sample_weights: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalize: bool = ...,
+    backend: Backend = ...,
+    process_group: ProcessGroups | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, InfoNCEMetrics]: ...
 
 
 def fused_hn_nce(
@@ -41,7 +82,8 @@ def fused_hn_nce(
     normalize: bool = True,
     backend: Backend = "auto",
     process_group: ProcessGroups | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Result:
     """−log( e^{s_ii} / (α·e^{s_ii} + N_i) ) with s_ij = sim(q_i, k_j)/τ and N_i a weighted sum over negatives.
 
         N_i = Σ_{j≠i} w_ij·e^{s_ij},   w_ij = n·e^{β·s_ij} / Σ_{k≠i} e^{β·s_ik},   n = B − 1
@@ -69,10 +111,12 @@ def fused_hn_nce(
         backend: as in `fused_info_nce`. There is one pass over the pairs (on a GPU two, unless β = 0), and
             twice as many with `symmetric`.
         process_group: as in `fused_info_nce`. n is then the number of negatives on all ranks together.
+        return_metrics: as in `fused_info_nce`; weights do not reorder negatives, so that ranks are InfoNCE's.
 
     Returns:
-        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. The term of a
-        query without negatives is 0, as it is with B = 1. A NaN in the input gives a NaN loss.
+        A scalar, or [B] for "none"; float64 for float64 inputs, float32 for all others. With
+        `return_metrics` a pair of it and `InfoNCEMetrics`.
+        The term of a query without negatives is 0, as it is with B = 1. A NaN in the input gives a NaN loss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given, and what is allowed.
@@ -112,29 +156,38 @@ def fused_hn_nce(
     if labels is not None and everybody is not None:
         ids = labels.unsqueeze(0), everybody.unsqueeze(0)
 
-    def direction(x: Tensor, y: Columns) -> Tensor:
+    def direction(x: Tensor, y: Columns, ranked: bool) -> tuple[Tensor, Tensor | None]:
         options: dict[str, Any] = {
             "temperature": temperature,
             "normalize": normalize,
             "mask": Mask(diagonal=False, ids=ids),
+            "ranked": ranked,
             "backend": backend,
         }
         if beta > 0:
-            lse = tilted_mean(x, y, beta, **options) + counts.clamp_min(1).log()
+            found = sums("tilted", x, y, beta=beta, **options)
+            lse = found.value + counts.clamp_min(1).log()
         else:  # all weights are 1
-            lse = logsumexp(x, y, **options)
+            found = sums("logsumexp", x, y, **options)
+            lse = found.value
         excess = torch.where(counts > 0, lse - positive, 0.0)
         if tau_plus > 0:
             excess = _debias(excess, counts, least - positive, tau_plus)
         term = excess
         if alpha > 0:  # log(α + e^z)
             term = math.log(alpha) - F.logsigmoid(math.log(alpha) - excess)
-        return torch.where(counts > 0, term, 0.0)
+        return torch.where(counts > 0, term, 0.0), found.ranks
 
-    terms = direction(query, keys)
+    terms, ranks = direction(query, keys, return_metrics)
     if symmetric:
-        terms = (terms + direction(key, queries)) / 2
-    return reduce(terms, reduction, sample_weights, across)
+        back, _ = direction(key, queries, False)
+        terms = (terms + back) / 2
+    value = reduce(terms, reduction, sample_weights, across)
+    if not return_metrics:
+        return value
+    assert ranks is not None
+    terms = terms.detach()
+    return value, InfoNCEMetrics(terms, accuracy(ranks), ranks, terms + positive.detach())
 
 
 class HNNCE(Loss):
@@ -175,9 +228,10 @@ class HNNCE(Loss):
         sample_weights: Tensor | None = None,
     ) -> Tensor:
         """See `fused_hn_nce`."""
-        return fused_hn_nce(
+        loss: Tensor = fused_hn_nce(
             query, key, labels=labels, sample_weights=sample_weights, **self.options
         )
+        return loss
 
 
 def _count_negatives(

@@ -16,7 +16,6 @@ from hdc_kernels.cross_entropy import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.positives import embeddings
 
 
 class Queue(nn.Module):
@@ -188,15 +187,16 @@ def fused_moco(
     across: Rows | None = None
     if process_group is not None:
         (across,) = meet(process_group, query.device, len(query))
-    columns = None
-    if label_smoothing:
-        own, others = embeddings(key, normalize=normalize), embeddings(queue, normalize=normalize)
-        if empty is not None:
-            others = others.masked_fill(empty.unsqueeze(1), 0.0)
-        filled = len(queue) if empty is None else (~empty).sum()
-        columns = own + others.sum(0), filled + 1
+
+    def own_and_filled(_: Tensor, keys: Tensor) -> tuple[Tensor, int | Tensor]:
+        own, others = keys.tensor_split([len(query)])
+        if empty is None:
+            return own + others.sum(0), len(others) + 1
+        others = others.masked_fill(empty.unsqueeze(1), 0.0)
+        return own + others.sum(0), (~empty).sum() + 1
+
     keys, mask = own_and(key, queue, empty)
-    return cross_entropy(query, keys, options, mask=mask, columns=columns, queries=across)
+    return cross_entropy(query, keys, options, mask=mask, columns=own_and_filled, queries=across)
 
 
 class MoCo(Loss):

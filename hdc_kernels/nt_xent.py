@@ -17,7 +17,6 @@ from hdc_kernels.cross_entropy import (
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.module import Loss
-from hdc_kernels.positives import embeddings
 
 
 @overload
@@ -118,17 +117,17 @@ def fused_nt_xent(
         (across,) = meet(process_group, first.device, batch)
         views, samples = across.times(2), across.numbers(first.device)[:batch]
     rows = (samples if ids is None else ids.long()).repeat(2).unsqueeze(0)
-    columns = None
-    if label_smoothing:
-        z = embeddings(y, normalize=normalize)
-        everything, count = total(z, views)
-        columns = everything - embeddings(x, normalize=normalize), count - 1
+
+    def others(x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        everything, count = total(y, views)
+        return everything - x, count - 1
+
     return cross_entropy(
         x,
         y,
         options,
         mask=Mask(ids=(rows, rows)),
-        columns=columns,
+        columns=others,
         shape=(2, batch),
         queries=views,
         keys=views,

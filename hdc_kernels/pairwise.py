@@ -3,6 +3,8 @@
 InfoNCE itself is `contrast.py`: it sets the positives apart, and is exact near convergence because of it.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from hdc_kernels.backends import Function
 from hdc_kernels.checks import Reduction
 from hdc_kernels.contrast import Contrast, contrast
 from hdc_kernels.distributed import ring
-from hdc_kernels.distributed.rows import Travelling
+from hdc_kernels.distributed.rows import Rows, Travelling
 
 Columns = Tensor | Travelling  # y [N, D]; or that of all ranks, from `Rows.share`
 
@@ -38,30 +40,6 @@ def softplus_sum(
     return sums("softplus", x, y, bias=bias, reduction=reduction, **options).value
 
 
-def tilted_mean(
-    x: Tensor,
-    y: Columns,
-    beta: float,
-    *,
-    temperature: float | Tensor,
-    reduction: Reduction = "none",
-    **options: Any,
-) -> Tensor:
-    """log of the mean of exp(s_ij) over the columns j that `mask` lets through, weighted by exp(β·s_ij), β > 0.
-
-    As `logsumexp`, but never symmetric, with s_ij = sim(x_i, y_j)/τ. One product of matrices makes both of its
-    sums, unless y travels: then keys go around twice. Where a row has no column, −inf; NaN if y travels.
-    """
-    if isinstance(y, Travelling):
-        sharp, broad = (
-            logsumexp(x, y, temperature=temperature / factor, **options)
-            for factor in (1 + beta, beta)
-        )
-        return reference.reduce(sharp - broad, reduction)
-    options |= {"temperature": temperature, "beta": beta}
-    return sums("tilted", x, y, reduction=reduction, **options).value
-
-
 def sums(
     function: Function,
     x: Tensor,
@@ -75,6 +53,10 @@ def sums(
     """Any of these, with all that `contrast` finds: the terms beside their total, and ranks if they are asked for.
 
     Those are the ranks of the diagonal, which the mask must then leave out, among the columns that it lets through.
+
+    "tilted" is the log of the mean of exp(s_ij), s_ij = sim(x_i, y_j)/τ, over the columns that the mask lets through,
+    weighted by exp(β·s_ij), with `beta` > 0 among the options. One product of matrices makes both of its sums, unless
+    y travels: then keys go around twice. Where a row has no column, −inf; NaN if y travels.
     """
     dtype = reference.compute_dtype(x.dtype)
     if isinstance(bias, Tensor):
@@ -82,7 +64,8 @@ def sums(
     elif bias is not None:
         bias = torch.full(x.shape[:1], bias, dtype=dtype, device=x.device)
     if isinstance(y, Travelling):
-        found = ring.sums(function, [x], [y.own], y.rows, bias=bias, ranked=ranked, **options)
+        around = _tilted_around if function == "tilted" else partial(ring.sums, function, bias=bias)
+        found = around([x], [y.own], y.rows, ranked=ranked, **options)
         terms = found.values.to(dtype)
         value, no_hits = reference.reduce(terms, reduction), torch.zeros_like(terms).bool()
         return Contrast(value, terms.detach(), no_hits, found.ranks if ranked else None)
@@ -95,3 +78,21 @@ def sums(
         ranked=ranked,
         **options,
     )
+
+
+def _tilted_around(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    rows: Rows,
+    *,
+    temperature: float | Tensor,
+    beta: float,
+    ranked: bool,
+    **options: Any,
+) -> ring.Sums:
+    """`ring.sums` of "tilted"."""
+    sharp = ring.sums(
+        "logsumexp", x, y, rows, temperature=temperature / (1 + beta), ranked=ranked, **options
+    )
+    broad = ring.sums("logsumexp", x, y, rows, temperature=temperature / beta, **options)
+    return ring.Sums(sharp.values - broad.values, sharp.ranks)

@@ -21,13 +21,15 @@ its chunks.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hdc_kernels.backends import Function, Implementation, cpu
+
+Found = TypeVar("Found", bound=Callable[..., bool])
 
 PLAIN = ("torch", "chunked")  # what autograd sees through
 PLAIN_LOGITS = 2**24  # 64 MiB in float32, of which plain PyTorch holds three or four
@@ -140,13 +142,21 @@ def implementation(name: str) -> Implementation:
     return cast(Implementation, importlib.import_module(f"hdc_kernels.backends.{name}"))
 
 
-# For the compiler these are constants: it cannot look into ctypes and imports.
-@torch.compiler.assume_constant_result
+def constant(function: Found) -> Found:
+    """For the compiler a constant: it cannot look into ctypes and imports.
+
+    That is `torch.compiler.assume_constant_result`, but for its import of the whole compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _has_library() -> bool:
     return cpu.is_available()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_triton() -> bool:
     return _find_triton()
 
@@ -156,14 +166,14 @@ def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_cuda_library() -> bool:
     from hdc_kernels.backends import cuda
 
     return cuda.is_available()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_compiled_for(tensor: Tensor) -> bool:
     """An NVIDIA GPU that the library has code for."""
     from hdc_kernels.backends import cuda
@@ -172,13 +182,13 @@ def _is_compiled_for(tensor: Tensor) -> bool:
     return torch.version.hip is None and cuda.runs_on(capability)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _is_ampere(tensor: Tensor) -> bool:
     """An NVIDIA GPU with the matrix instructions that the kernels are checked for, or a newer one."""
     return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _interpreted() -> bool:
     """Triton's interpreter runs kernels on CPU tensors, slowly, for tests."""
     from hdc_kernels.backends.triton.arithmetic import INTERPRET

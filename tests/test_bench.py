@@ -58,6 +58,36 @@ def test_what_was_measured_is_plausible(stored: Path) -> None:
     assert {"date", "commit", "cpu", "cores", "python", "torch"} <= result["machine"].keys()
 
 
+def test_the_other_losses(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each beside its peer, in a stored result. Ours is measured however long it takes, a peer within the limit."""
+    monkeypatch.syspath_prepend(BENCH)
+    import compare
+    import report
+
+    problems = ("MoCo", "HN-NCE")
+    monkeypatch.setattr(compare, "FAMILY", {name: compare.FAMILY[name] for name in problems})
+    monkeypatch.setattr(compare, "FAMILY_SIZES", (32, 64))
+    monkeypatch.setattr(compare, "FAMILY_MEMORY_SIZE", 64)
+    result: dict[str, Any] = json.loads(stored.read_text())
+    (run,) = result["runs"]
+    others = len(run["cases"]), len(result["memory"])
+    given = ["--device", "cpu", "--threads", "1", "--seconds", "0.05", "--limit", "1e-9"]
+    for _ in range(2):  # the second time instead of the first
+        compare.measure_family(compare.parse(given), result)
+        assert (len(run["cases"]), len(result["memory"])) == (others[0] + 4, others[1] + 4)
+    for case in (*run["cases"][-4:], *result["memory"][-4:]):
+        assert case["problem"] in problems
+        found = dict(case["contenders"])
+        assert found.pop("ours")["status"] == "measured"
+        (peer,) = found.values()
+        assert peer["status"] == ("measured" if case["batch"] == 32 else "skipped"), peer
+        assert peer.get("agrees", True)
+    table = report.markdown(result, whole=False).splitlines()
+    (row,) = (line for line in table if line.startswith("| MoCo |"))
+    assert "| would take 0 s a call |" in row
+    assert result["family"]["limit"] == 1e-9
+
+
 def test_figures_and_tables(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import plots

@@ -1,6 +1,7 @@
 """The build: a wheel for every torch and Python, and one without libraries where there are no compilers."""
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -99,6 +100,7 @@ def test_without_compilers_the_rest_is_installed(sources: Path, tmp_path: Path) 
     assert not [name for name in names if name.endswith(".so")]
 
 
+HEADER = Path("csrc", "cuda", "packed.h")
 NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then
     echo compute_80 compute_86 compute_90
@@ -106,7 +108,8 @@ if [ "$1" = --list-gpu-arch ]; then
 fi
 echo "$@" >>"$CALLS"
 while [ $# -gt 1 ]; do
-    if [ "$1" = -o ]; then echo code >"$2"; fi
+    if [ "$1" = -o ]; then out=$2 && echo code >"$2"; fi
+    if [ "$1" = -MF ]; then echo "$out: $HEADER" >"$2"; fi
     shift
 done
 """
@@ -121,6 +124,7 @@ def build_with_nvcc(sources: Path, architectures: str) -> tuple[list[str], str]:
     calls.write_text("")
     variables = {"CC": "/bin/false", "CXX": "/bin/false", "CUDACXX": str(nvcc)}
     variables |= {"CALLS": str(calls), "HDC_CUDA_ARCHITECTURES": architectures}
+    variables["HEADER"] = str(sources / HEADER)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=sources,
@@ -142,7 +146,7 @@ def test_cuda_code_is_for_the_architectures_asked_for(sources: Path) -> None:
     """By default for those that nvcc knows; Hopper's kernels for 9.0 alone, and without it not at all."""
     calls, _ = build_with_nvcc(sources, "")
     *compiled, linked = calls
-    files = {call.split()[-3].split("/")[-1]: call for call in compiled}
+    files = {Path(re.findall(" -c (\\S+)", call)[0]).name: call for call in compiled}
     assert files.keys() == {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     for name, call in files.items():
         expected = ["sm_90a"] if name.startswith("hopper") else ["sm_80", "sm_86", "sm_90a"]
@@ -154,6 +158,9 @@ def test_cuda_code_is_for_the_architectures_asked_for(sources: Path) -> None:
 
     again, _ = build_with_nvcc(sources, "")
     assert again == [linked]  # nothing has changed
+    (sources / HEADER).write_text("changed")
+    again, _ = build_with_nvcc(sources, "")
+    assert sorted(again) == sorted(calls)
 
     calls, _ = build_with_nvcc(sources, "sm_80 compute_90 compute_100")
     *compiled, linked = calls

@@ -55,7 +55,7 @@ def moco(x: Tensor, y: Tensor, tau: Tensor, ids: Tensor | None) -> Matrix:
 
 
 def fused_queue(x: Tensor, y: Tensor, **options: Any) -> Any:
-    return fused_moco(x, y, QUEUE, **options)
+    return fused_moco(x, y, QUEUE.to(x.dtype), **options)
 
 
 LOSSES: list[tuple[Callable[..., Any], Callable[..., Matrix]]] = [
@@ -110,6 +110,34 @@ def test_weights_and_smoothing(
     if weighted:
         inputs.append(randn(5, seed=2).abs())
     agree(fused, whole, *inputs)
+
+
+@pytest.mark.parametrize(("ours", "matrix"), LOSSES)
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+def test_one_sample(epsilon: float, matrix: Any, ours: Any) -> None:
+    """NT-Xent and CLIP have then nothing to tell apart, MoCo has its queue."""
+    agree(
+        lambda x, y, t: ours(x, y, temperature=t, label_smoothing=epsilon),
+        lambda x, y, t: exact(matrix(x, y, t, None), None, epsilon, "mean"),
+        randn(1, 4),
+        randn(1, 4, seed=1),
+        TAU,
+        floor=1.0,
+    )
+
+
+@pytest.mark.parametrize("ours", [ours for ours, _ in LOSSES])
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype, epsilon: float, ours: Any) -> None:
+    """Not a bit of loss and gradients, whatever the encoder runs in."""
+    pair = [randn(9, 4, seed=k, dtype=torch.float32).requires_grad_() for k in range(2)]
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = ours(*pair, label_smoothing=epsilon)
+        found.append((loss, *torch.autograd.grad(loss, pair)))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(("ours", "matrix"), WITH_IDS)

@@ -84,12 +84,14 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SHAPES = {
     "one launch": [(3, 20, 20, 24), (1, 128, 128, 128), (2, 33, 33, 7)],
+    "one launch, windows": [(2, 130, 256, 200), (1, 90, 90, 256)],
     "tails": [(1, 300, 333, 100)],
     "narrow": [(2, 257, 600, 64)],
     "Hopper": [(1, 1000, 1000, 128), (3, 300, 513, 128)],
     "wide": [(1, 500, 700, 256)],
     "widest": [(1, 300, 280, 512), (1, 40, 50, 300)],
     "many": [(40, 290, 290, 16)],
+    "pairs that share launches": [(2, 300, 333, 100), (3, 300, 333, 128), (1, 300, 333, 65)],
 }
 
 

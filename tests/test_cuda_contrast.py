@@ -282,7 +282,7 @@ def test_one_launch_where_it_fits(library: ctypes.CDLL) -> None:
 
 
 def test_memory_is_shared(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By problems, and by the two passes: ten equal pairs take as much as one, but for parts of two sums."""
+    """By batches, and by the two passes: ten pairs that fill the device take as much as one, but for parts of sums."""
     sizes = []
 
     def workspace(call: bytes, pairs: bytes) -> int:
@@ -290,18 +290,44 @@ def test_memory_is_shared(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch)
         return sizes[-1]
 
     functions = SimpleNamespace(
-        hdc_cuda_workspace=workspace, hdc_cuda_contrast=library.hdc_cuda_contrast
+        hdc_cuda_workspace=workspace, hdc_cuda_contrast=lambda call, pairs: 0
     )
     monkeypatch.setattr(cuda, "library", lambda: functions)
-    one, ten = problems_of([(1, 6, 6, 8)]), problems_of([(1, 6, 6, 8)] * 10)
-    for problems in (one, ten):
-        cuda.forward(problems)
-        cuda.step(problems)
+    for shapes in (1, 6, 6, 8), (132, 6, 6, 8):
+        for pairs in 1, 10:
+            problems = problems_of([shapes] * pairs)
+            cuda.forward(problems)
+            cuda.step(problems)
     # Of each side 256 × 64 numbers of unit vectors and as many of gradients, and a few KiB of numbers a row.
     assert 0 <= sizes[0] - 2 * 256 * 64 * 4 < 16384
     assert 0 <= sizes[1] - 4 * 256 * 64 * 4 < 8192
-    assert sizes[2] - sizes[0] < 1024
-    assert sizes[3] - sizes[1] < 2048
+    # Pairs that leave processors idle are a batch.
+    assert 0.9 * sizes[0] < sizes[2] / 10 < sizes[0] + 1024
+    assert 0.9 * sizes[1] < sizes[3] / 10 < sizes[1] + 1024
+    # Of 132 groups' numbers, 256 rows' parts in blocks of 8.
+    assert sizes[6] - sizes[4] < 10 * 132 * 4 + 512
+    assert sizes[7] - sizes[5] < 10 * 132 * 33 * 4 + 512
+
+
+THREE_ALIKE = [(2, 9, 14, 17), (1, 9, 14, 40), (3, 9, 14, 64), (1, 9, 14, 70), (1, 8, 14, 17)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "symmetric"),
+    [(THREE_ALIKE, False), (THREE_ALIKE, True), ([(1, 2, 3, 4)] * 26, False)],
+)
+def test_pairs_of_equal_sizes(shapes: list[tuple[int, int, int, int]], symmetric: bool) -> None:
+    """They are one batch, whatever they weigh: three, with others after them, or up to 24."""
+    shapes = [(G, M, M if symmetric else N, D) for G, M, N, D in shapes]
+    weights = [1.5 - k % 5 for k in range(len(shapes))]
+    problems = problems_of(shapes, tau=0.1, symmetric=symmetric, weights=weights)
+    check(problems)
+    upstream = torch.linspace(-1, 2, sum(G * M for G, M, _, _ in shapes))
+    terms, gradients = in_two(problems, upstream)
+    truth, slopes = specification(problems, upstream)
+    assert relative_error(terms.loss, truth) <= 10 * FLOAT32
+    for ours, slope in zip(vectors(gradients), slopes[:-1], strict=True):
+        assert relative_error(ours, slope) <= 10 * FLOAT32
 
 
 def test_a_failed_launch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,16 @@ and ldmatrix follow the PTX manual's fragments. It shows neither speed nor the r
 """
 
 import ctypes
+import itertools
 import math
+import re
 import struct
 
 import cuda_emulated
 import pytest
 import torch
 import torch.nn.functional as F
-from contrast_problems import exact, problems_of, spread
+from contrast_problems import exact, problems_of, spread, vectors
 from cuda_objects import CSRC, assert_nothing_spills
 from torch import Tensor
 
@@ -22,12 +24,24 @@ from hdc_kernels.backends.outputs import empty_gradients, empty_rows
 FORWARD, BACKWARD, STEP = range(3)
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 CALL, PROBLEM = struct.Struct("9qd9P"), struct.Struct("Pqq" * 4 + "4qd2P")
+# Bytes of shared memory that a block may have, by compute capability: the programming guide's table.
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = ctypes.CDLL(str(cuda_emulated.build(tmp_path_factory.mktemp("small"), "small")))
-    library.workspace.restype = ctypes.c_int64
+    library.workspace.restype = library.static_bytes.restype = ctypes.c_int64
+    library.fits.restype = ctypes.c_bool
+    library.room.argtypes = [ctypes.c_int] * 4 + [ctypes.c_int64, ctypes.c_void_p]
+    library.room.restype = None
+    return library
+
+
+@pytest.fixture
+def kernel(library: ctypes.CDLL) -> ctypes.CDLL:
+    """On an A100, unless a test calls `set_device`."""
+    library.set_device(108, SHARED_MEMORY[80])
     return library
 
 
@@ -35,7 +49,8 @@ def describe(task, problems, terms, gradients, upstream, workspace) -> tuple[byt
     """The structs of contrast.h."""
     packed = bytearray()
     for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
-        matrices = [x, y, *((gradients.x[k], gradients.y[k]) if gradients else (None, None))]
+        slopes = [side[k] if side else None for side in (gradients or ((), ()))[:2]]
+        matrices = [x, y, *slopes]
         for t in matrices:
             packed += struct.pack(
                 "Pqq", *((t.data_ptr(), *t.stride()[:2]) if t is not None else (0, 0, 0))
@@ -70,7 +85,7 @@ def run(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Ter
     dtype = torch.float32 if upstream is None else None
     gradients = Gradients(
         empty_gradients(problems.x, dtype),
-        empty_gradients(problems.y, dtype),
+        empty_gradients(problems.y, dtype) if problems.needs_y else (),
         torch.full((), math.nan),
     )
     for t in (*gradients.x, *gradients.y, terms.loss, terms.lse):
@@ -113,8 +128,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def check(kernel, problems: Problems, upstream: Tensor | None = None) -> None:
-    """At most twice plain PyTorch's error, and a rounding of the result and of the logits."""
+def check(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Terms, Gradients]:
+    """At most twice plain PyTorch's error, and a rounding of the result and of the logits; what was found."""
     expected_terms, expected = exact(problems, upstream)
     loss, slopes = plain(problems, upstream)
     terms, gradients = run(kernel, problems, upstream)
@@ -128,6 +143,14 @@ def check(kernel, problems: Problems, upstream: Tensor | None = None) -> None:
     assert error(gradients.temperature, expected.temperature) <= 20 * slack
     if upstream is None:
         assert float(terms.total) == pytest.approx(float(expected_terms.total), rel=10 * unit)
+    return terms, gradients
+
+
+def assert_same(one: tuple[Terms, Gradients], other: tuple[Terms, Gradients]) -> None:
+    """Bit by bit."""
+    assert all(map(torch.equal, one[0][:4], other[0][:4]))
+    assert all(map(torch.equal, vectors(one[1]), vectors(other[1])))
+    assert torch.equal(one[1].temperature, other[1].temperature)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -162,14 +185,9 @@ def test_one_problem_of_the_paper(kernel):
 def test_same_bits_in_any_order_of_threads(kernel, dtype, monkeypatch):
     """What races between barriers would depend on which thread runs first."""
     problems = problems_of([(2, 40, 40, 40)], dtype, symmetric=True)
-    terms, gradients = run(kernel, problems)
+    results = run(kernel, problems)
     monkeypatch.setenv("HDC_EMULATION_ORDER", "reverse")
-    again, gradients_again = run(kernel, problems)
-    assert all(map(torch.equal, terms[:4], again[:4]))
-    assert all(
-        map(torch.equal, (*gradients.x, *gradients.y), (*gradients_again.x, *gradients_again.y))
-    )
-    assert torch.equal(gradients.temperature, gradients_again.temperature)
+    assert_same(results, run(kernel, problems))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,6 +197,15 @@ def test_a_single_row_has_no_loss(kernel, dtype):
     assert (terms.lse == -math.inf).all()
     assert not gradients.x[0].any()
     assert not gradients.y[0].any()
+
+
+def test_gradients_that_nobody_needs(kernel):
+    """A queue of keys has none; that of x is the same."""
+    problems = problems_of([(1, 70, 80, 20)])
+    _, expected = run(kernel, problems)
+    _, gradients = run(kernel, problems._replace(needs_y=False))
+    assert torch.equal(gradients.x[0], expected.x[0])
+    assert error(gradients.temperature, expected.temperature.double()) < 1e-5
 
 
 def test_hits_ties_zeros_and_nan(kernel):
@@ -207,32 +234,97 @@ def test_once_converged(kernel, dtype):
     check(kernel, problems._replace(y=(noisy,)))
 
 
-def test_the_rule_of_what_fits(kernel):
-    """Both sides as unit vectors, the teams' sums and a few numbers a row, in one block's shared memory."""
-    whole = {
-        (torch.bfloat16, 128, 128): {80: True, 86: False, 89: False, 90: True},
-        (torch.bfloat16, 64, 128): {80: True, 86: True, 89: True, 90: True},
-        (torch.float32, 128, 128): {80: False, 86: False, 89: False, 90: True},
-        (torch.bfloat16, 256, 128): {80: False, 86: False, 89: False, 90: True},
-        (torch.float16, 256, 256): {80: False, 86: False, 89: False, 90: False},
-        (torch.float16, 257, 16): {80: False, 86: False, 89: False, 90: False},
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_in_the_least_memory(kernel, dtype):
+    """256 × 256 × 256 where a window holds a quarter of a side; each of three blocks has several tiles."""
+    kernel.set_device(3, SHARED_MEMORY[86])
+    check(kernel, problems_of([(1, 256, 256, 256)], dtype, tau=0.1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "symmetric"),
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)],
+)
+def test_same_bits_in_any_windows(kernel, dtype, symmetric, monkeypatch):
+    """Several pairs, in windows of every length, or whole; in any order of threads."""
+    shapes = [(1, 130, 256, 200), (1, 70, 90, 64)]
+    shapes = [(G, M, M if symmetric else N, D) for G, M, N, D in shapes]
+    problems = problems_of(shapes, dtype, tau=0.1, symmetric=symmetric, weights=[1.5, 0.5])
+    kernel.set_device(2, SHARED_MEMORY[86])
+    results = check(kernel, problems)
+    for capability in (80, 90):
+        kernel.set_device(2, SHARED_MEMORY[capability])
+        assert_same(results, run(kernel, problems))
+    kernel.set_device(2, SHARED_MEMORY[86])
+    monkeypatch.setenv("HDC_EMULATION_ORDER", "reverse")
+    assert_same(results, run(kernel, problems))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_gradients_from_any_number_of_blocks(kernel, dtype):
+    """Forward, the blocks of a problem share its rows; backward, its tiles. Some numbers are odd."""
+    problems = problems_of([(1, 150, 150, 40)], dtype, tau=0.1, symmetric=True)
+    upstream = torch.linspace(-1, 2, 150)
+    kernel.set_device(1, SHARED_MEMORY[80])
+    terms, gradients = check(kernel, problems, upstream)
+    for blocks in (2, 3, 5, 8):
+        kernel.set_device(blocks, SHARED_MEMORY[80])
+        again, gradients_again = run(kernel, problems, upstream)
+        assert all(map(torch.equal, terms[1:4], again[1:4]))
+        assert all(map(torch.equal, vectors(gradients), vectors(gradients_again)))
+        # These are added up in another order.
+        assert float(again.total) == pytest.approx(float(terms.total), rel=1e-6)
+        assert error(gradients_again.temperature, gradients.temperature.double()) < 1e-4
+
+
+def test_what_fits(kernel):
+    """Up to 256 rows, columns and dimensions, in every dtype and in up to 24 pairs; no row without a column."""
+    answers = {
+        ((1, 256, 256, 256),): True,
+        ((17, 3, 200, 1),) * 24: True,
+        ((1, 3, 3, 8),) * 25: False,
+        ((1, 256, 257, 256),): False,
+        ((1, 40, 39, 8),): False,
+        ((1, 40, 40, 8), (1, 20, 20, 257)): False,
     }
-    for (dtype, rows, width), answers in whole.items():
-        problems = problems_of([(1, rows, rows, width)], dtype)
-        terms = Terms(torch.zeros(()), *empty_rows(problems))
-        call, packed = describe(FORWARD, problems, terms, None, None, None)
-        for capability, answer in answers.items():
-            assert bool(kernel.fits(call, packed, capability)) == answer, (dtype, rows, capability)
+    for dtype in DTYPES:
+        for shapes, answer in answers.items():
+            problems = problems_of(shapes, dtype)
+            terms = Terms(torch.zeros(()), *empty_rows(problems))
+            assert kernel.fits(*describe(FORWARD, problems, terms, None, None, None)) == answer
 
 
-@pytest.mark.parametrize("target", ["80", "86", "89", "90a"])
-def test_nothing_spills_and_products_run_on_tensor_cores(compile_kernels, target):
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_everything_has_room(kernel, capability):
+    """Windows of whole tiles, or of a whole side, and the teams' sums: in what a block may have."""
+    found = (ctypes.c_int64 * 4)()
+    most = SHARED_MEMORY[capability] - kernel.static_bytes()
+    counts = (1, 32, 33, 64, 65, 96, 100, 128, 129, 160, 200, 224, 225, 256)
+    cases = itertools.product(counts, counts, (64, 128, 256), (2, 4))
+    for rows, columns, depth, size in cases:
+        kernel.room(rows, columns, depth, size, most, found)
+        windows, apart, used = found[:2], found[2], found[3]
+        units, sums = sum(windows) * (min(depth * size, 512) + 16), 64 * (depth + 4) * 4
+        assert used == (units + sums if apart else max(units, sums)) <= most
+        for count, window in zip((rows, columns), windows, strict=True):
+            whole = -(-count // 32) * 32
+            assert window == whole or (window < whole and window % 64 == 0 and window > 0)
+    # The paper's problem, in 16 bits, is never loaded twice.
+    kernel.room(128, 128, 128, 2, most, found)
+    assert found[:3] == [128, 128, capability != 86]
+
+
+@pytest.mark.parametrize("target", ["80", "86", "90a"])  # 8.9 has the registers and memory of 8.6
+def test_nothing_spills_and_products_run_on_tensor_cores(compile_kernels, library, target):
+    """And shared memory beside what `room_of` deals out is what it takes it to be."""
     compiled = compile_kernels(CSRC / "small.cu", target)
     assert_nothing_spills(compiled)
     assert len(compiled.kernels) == 9  # three types, three widths
     for kernel in compiled.kernels:
         exact = "small_kernelIf" in kernel.name  # of float
         assert ("HMMA" in kernel.instructions) != exact
+    found = re.findall(r"(\d+) bytes smem", compiled.log)
+    assert found == [str(library.static_bytes())] * 9
 
 
 def on_gpu(problems: Problems) -> Problems:
@@ -282,6 +374,4 @@ def test_a_graph_replays_the_same_bits_a_thousand_times(backend):
     expected_terms, expected = backend.step(problems)
     for _ in range(1000):
         graph.replay()
-        assert all(map(torch.equal, terms[:4], expected_terms[:4]))
-        assert all(map(torch.equal, (*gradients.x, *gradients.y), (*expected.x, *expected.y)))
-        assert torch.equal(gradients.temperature, expected.temperature)
+        assert_same((terms, gradients), (expected_terms, expected))

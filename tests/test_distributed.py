@@ -36,7 +36,10 @@ from hdc_kernels import (
     fused_siglip,
     fused_sup_con,
 )
-from hdc_kernels.distributed import Ranks
+from hdc_kernels.backends import Mask
+from hdc_kernels.call import Call
+from hdc_kernels.distributed import Ranks, operators
+from hdc_kernels.distributed.rows import Rows
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -267,6 +270,7 @@ CASES = {
 }
 # What does not care how many ranks there are: it is checked on two.
 OPTIONS = {
+    "nt_xent smoothed": Case(partial(nt_xent, label_smoothing=0.1), pair, 1),
     "siglip ids": Case(siglip_ids, labelled),
     "siglip weights": Case(siglip, weighted),
     "dcl sample weights": Case(dcl, weighted, 1),
@@ -459,24 +463,58 @@ def compiled(rank: int, world_size: int) -> None:
         "hn_nce",
         "sup_con out",
     )
-    for name, strategy in product(names, STRATEGIES):
-        case = CASES[name]
-        inputs = case.inputs([2] * world_size)
-        results = []
-        group = Ranks(dist.group.WORLD, strategy=strategy, even_batches=True)
-        for loss in (case.loss, torch.compile(case.loss, backend="aot_eager", fullgraph=True)):
-            local = {
-                k: (p.of(rank) if isinstance(p, Part) else p).clone() for k, p in inputs.items()
-            }
-            results.append(
-                differentiate(
-                    case._replace(loss=loss), local, "mean", group, torch.tensor(1.5).double()
-                )
-            )
-        (value, gradients), (exact, expected) = results
-        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
-        for key, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-11, atol=1e-13)
+    # Gathering compiles alike for all; a trip around the ring has operators for each kind of sum.
+    gathered = ("info_nce ids", "sup_con out")
+    for name, strategy in (*product(names, ["ring"]), *product(gathered, ["gather"])):
+        compare_compiled(CASES[name], strategy, rank, world_size, fullgraph=True)
+    plain = CASES["info_nce chunked"]
+    compare_compiled(plain, "ring", rank, world_size, fullgraph=False)
+    with pytest.raises(RuntimeError, match="use a backend with kernels, or strategy='gather'"):
+        compare_compiled(plain, "ring", rank, world_size, fullgraph=True)
+
+
+def compare_compiled(
+    case: Case, strategy: str, rank: int, world_size: int, *, fullgraph: bool
+) -> None:
+    """Value and gradients of a loss and of the same one compiled."""
+    torch.compiler.reset()  # or what was compiled with graph breaks would be taken for the full graph, too
+    inputs = case.inputs([2] * world_size)
+    results = []
+    group = Ranks(dist.group.WORLD, strategy=strategy, even_batches=True)
+    for loss in (case.loss, torch.compile(case.loss, backend="aot_eager", fullgraph=fullgraph)):
+        local = {k: (p.of(rank) if isinstance(p, Part) else p).clone() for k, p in inputs.items()}
+        compared = case._replace(loss=loss)
+        results.append(differentiate(compared, local, "mean", group, torch.tensor(1.5).double()))
+    (value, gradients), (exact, expected) = results
+    torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-11, atol=1e-13)
+
+
+def sound_operators(rank: int, world_size: int) -> None:
+    """Schemas, fake tensors, autograd and dynamic shapes of the ring's operators, by `torch.library.opcheck`."""
+    x, y = (randn(3, 1, WIDTH, seed=2 * rank + k).requires_grad_() for k in range(2))
+    ids = torch.arange(3 * world_size) % 4
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    rows = Rows(Ranks(dist.group.WORLD), (3,) * world_size)
+    mask = Mask(diagonal=True, ids=(ids[3 * rank :][None, :3], ids[None]))
+    call = Call("cpu", None, 0.0, False, True, 1, 1, "logsumexp", mask)
+
+    def checked(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            torch.library.opcheck(operator, arguments)
+            return operator(*arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ring_sums", "ring_gradients", "ring_label_sums", "ring_label_gradient"):
+            patch.setattr(operators, name, checked(getattr(operators, name)))
+        operators.sums(call, rows, tau, None, [x], [y])[0].sum().backward()
+        softplus = call._replace(function="softplus", ranked=True)
+        operators.sums(softplus, rows, tau, bias, [x], [y])[0].sum().backward()
+        operators.label_sums(y[:, 0], ids, ids[3 * rank :][:3], rows).sum().backward()
 
 
 def queue_of_all(rank: int, world_size: int) -> None:
@@ -522,6 +560,8 @@ def metrics(rank: int, world_size: int) -> None:
             (fused_siglip, {"ids": labels}),
             (fused_dcl, {}),
             (fused_dclw, {}),
+            (fused_hn_nce, {"labels": labels}),
+            (partial(fused_hn_nce, beta=0.0, symmetric=True), {}),
         ):
             rest = {name: t.split(sizes)[rank] for name, t in options.items()}
             parts = [t.split(sizes)[rank] for t in (x, y)]
@@ -663,6 +703,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
                 checks["subgroup"] = subgroup
             if world_size == 2:
                 checks["compiled"] = compiled
+                checks["sound_operators"] = sound_operators
                 checks |= {name: partial(every_loss, name, "uneven") for name in OPTIONS}
             known[world_size] = processes.run(checks, world_size, tmp_path_factory.mktemp("ranks"))
         return known[world_size]
@@ -694,4 +735,9 @@ def test_subgroup(results: Callable[[int], dict[str, str]]) -> None:
 def test_compiled(results: Callable[[int], dict[str, str]]) -> None:
     """By `torch.compile(fullgraph=True)`."""
     problem = results(2)["compiled"]
+    assert not problem, problem
+
+
+def test_sound_operators(results: Callable[[int], dict[str, str]]) -> None:
+    problem = results(2)["sound_operators"]
     assert not problem, problem

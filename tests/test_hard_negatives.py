@@ -14,6 +14,7 @@ from equations import relative_error
 from torch import Tensor, nn
 
 from hdc_kernels.checks import FLOATING, Backend, Reduction
+from hdc_kernels.cross_entropy import InfoNCEMetrics
 from hdc_kernels.hard_negatives import HNNCE, fused_hn_nce
 from hdc_kernels.info_nce import fused_info_nce
 
@@ -205,6 +206,44 @@ def test_keys_of_the_same_label_are_no_negatives(dtype: torch.dtype, backend: Ba
         assert relative_error(ours, truth) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "weighting", [{}, {"alpha": 0.0}, {"beta": 0.0, "tau_plus": 0.02}, {"alpha": 0.5, "beta": 2.0}]
+)
+def test_metrics(
+    weighting: dict[str, float], symmetric: bool, backend: Backend, dtype: torch.dtype
+) -> None:
+    """Terms before weights, ranks among keys of other labels, also where one is there twice; the value stays."""
+    query, key = randn(150, 4, dtype=dtype), randn(150, 4, seed=1, dtype=dtype)
+    key += query
+    key[140] = key[3]
+    options: dict[str, Any] = {"symmetric": symmetric, "backend": backend, **weighting}
+    options |= {"temperature": 0.3, "sample_weights": torch.arange(1.0, 151.0)}
+    for labels in (None, torch.arange(150) % 11):
+        value, metrics = fused_hn_nce(query, key, labels=labels, return_metrics=True, **options)
+        assert isinstance(metrics, InfoNCEMetrics)
+        assert torch.equal(value, fused_hn_nce(query, key, labels=labels, **options))
+        assert not metrics.loss.requires_grad
+        pair = query.double(), key.double()
+        exact = plain(*pair, 0.3, **weighting, labels=labels)
+        if symmetric:
+            exact = (exact + plain(*pair[::-1], 0.3, **weighting, labels=labels)) / 2
+        rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (1e-5, 1e-6)
+        torch.testing.assert_close(metrics.loss.double(), exact, rtol=rtol, atol=atol)
+        cosines = F.normalize(pair[0], dim=1) @ F.normalize(pair[1], dim=1).mT
+        lse = exact + cosines.diagonal() / 0.3
+        torch.testing.assert_close(metrics.logsumexp.double(), lse, rtol=rtol, atol=atol)
+        label = torch.arange(150) if labels is None else labels
+        rivals = cosines >= cosines.diagonal()[:, None] - 1e-9
+        ranks = (rivals & (label[:, None] != label)).sum(1)
+        assert 0 < (ranks == 0).sum() < 150
+        assert metrics.rank.tolist() == ranks.tolist()
+        assert metrics.accuracy.item() == pytest.approx((ranks == 0).double().mean().item())
+        assert metrics.accuracy.dtype == torch.float32
+
+
 @pytest.mark.parametrize("weighting", [{}, {"beta": 0.5}, {"tau_plus": 0.1}, {"alpha": 0.0}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_query_without_negatives_has_nothing_to_learn(
@@ -234,12 +273,12 @@ def test_gradcheck(weighting: dict[str, float]) -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    """One graph, without a break, forward and backward."""
+    """One graph, without a break, forward and backward, with metrics, too."""
     torch.compiler.reset()
     inputs = (leaf(6, 5), leaf(6, 5, seed=1), scalar(0.3))
     labels = torch.tensor([0, 0, 1, 2, 3, 4])
 
-    def loss(query: Tensor, key: Tensor, tau: Tensor) -> Tensor:
+    def loss(query: Tensor, key: Tensor, tau: Tensor) -> tuple[Tensor, InfoNCEMetrics]:
         return fused_hn_nce(
             query,
             key,
@@ -247,10 +286,14 @@ def test_compiled_equals_eager() -> None:
             tau_plus=0.05,
             labels=labels,
             sample_weights=torch.arange(6.0),
+            return_metrics=True,
         )
 
-    losses = [f(*inputs) for f in (torch.compile(loss, fullgraph=True), loss)]
+    found = [f(*inputs) for f in (torch.compile(loss, fullgraph=True), loss)]
+    losses = [value for value, _ in found]
     assert relative_error(losses[0], losses[1]) < 1e-13
+    for there, here in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-14)
     ours, exact = (torch.autograd.grad(value, inputs) for value in losses)
     for a, b in zip(ours, exact, strict=True):
         assert relative_error(a, b) < 1e-12
@@ -276,6 +319,19 @@ def test_half_precision_is_no_worse_than_plain(
     for slope, (our, their) in zip(slopes, found, strict=True):
         assert our.dtype == dtype
         assert (our - slope).norm() <= 2 * (their - slope).norm()
+
+
+@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_changes_nothing(dtype: torch.dtype, tau_plus: float) -> None:
+    """Not a bit of loss and gradients, whatever the encoder runs in."""
+    pair = leaf(9, 16, dtype=torch.float32), leaf(9, 16, seed=1, dtype=torch.float32)
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = fused_hn_nce(*pair, tau_plus=tau_plus)
+        found.append((loss, *torch.autograd.grad(loss, pair)))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype", HALF)

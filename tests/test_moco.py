@@ -3,12 +3,14 @@
 import copy
 import io
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from contrast_problems import in_a_new_process
 from embeddings import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,6 +244,34 @@ def test_module_equals_function() -> None:
     learnt(query, key).backward()
     assert learnt.temperature.grad is not None
     assert "size=5, dimension=4" in repr(learnt)
+
+
+PEAK = """
+import torch
+from hdc_kernels import fused_moco
+
+def high_water():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+def grows(batch, size):
+    query, key, queue = (torch.randn(rows, 128) for rows in (batch, batch, size))
+    query.requires_grad_()
+    before = high_water()
+    fused_moco(query, key, queue, backend="cpu").backward()
+    return high_water() - before
+
+torch.set_num_threads(2)
+grows(8, 8)
+print(grows(2048, 65536))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory() -> None:
+    """In MiB: 112 beside a queue of 65,536 keys, three times its 33; nothing for gradients that it does not have."""
+    grown = int(in_a_new_process(PEAK)) / 1024
+    assert 33 <= grown <= 112
 
 
 @pytest.mark.parametrize(

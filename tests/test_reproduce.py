@@ -330,7 +330,8 @@ def test_report_shows_the_tables(done: Path, data: Path, tmp_path: Path) -> None
     rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", page.read_text())
     shown = [re.sub(r"(<[^>]*>)+", "|", row) for row in rows]
     for line in result(done, "table4"):
-        figures = (f"{line['k']}", *(f"{line[name]:.1f}" for name in ("paper", "here", "gap")))
+        percentages = (f"{line[name]:.1f}" for name in ("paper", "here"))
+        figures = (f"{line['k']}", *percentages, f"{line['gap']:+.1f}")
         assert "|".join([line["title"], "UCF101", *figures, ""]) in shown
 
 

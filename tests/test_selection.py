@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -305,3 +307,24 @@ def test_what_is_installed_is_looked_for(monkeypatch: pytest.MonkeyPatch, found:
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     assert selection._has_triton() is found
     assert asked == ["triton"]
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """It takes a second, which nobody who does not compile should wait for."""
+    code = "import sys, hdc_kernels; print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_constants_are_pytorchs() -> None:
+    """The mark that `torch.compiler.assume_constant_result` leaves on a function."""
+
+    def ours() -> bool:
+        return True
+
+    def theirs() -> bool:
+        return True
+
+    selection.constant(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}

@@ -177,6 +177,21 @@ def test_functions_of_pairs(function):
     check(problems, torch.linspace(0.5, 2, 31, device=DEVICE))
 
 
+@pytest.mark.parametrize("function", ["info_nce", "logsumexp", "softplus", "tilted"])
+def test_ranks(function):
+    """Of the diagonal among what the mask lets through, also where a column is there twice."""
+    problems = make_masked((1, 19, 35, 17), function, "off ids")._replace(ranked=True)
+    problems.y[0][0, 30] = problems.y[0][0, 4]
+    logits = reference.cosine_logits(problems.x[0], problems.y[0], 1.0)[0]
+    x_ids, y_ids = problems.mask.ids
+    others = (x_ids[0][:, None] != y_ids[0]) & ~torch.eye(19, 35, dtype=torch.bool, device=DEVICE)
+    expected = ((logits >= logits.diagonal()[:, None]) & others).sum(1)
+    assert expected[4] > 0
+    terms, _ = triton_backend.step(problems)
+    assert terms.ranks.tolist() == triton_backend.forward(problems).ranks.tolist()
+    assert terms.ranks.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("function", ["info_nce", "logsumexp", "softplus"])

@@ -1,17 +1,19 @@
 // One call: which kernels run it, in what order, and where in the workspace they keep what.
 //
 //     small      the whole call, wherever one launch takes it (`small_fits`)
-//     hopper     the two passes of a problem, on a device of compute capability 9.0, where `hopper_fits`
-//     portable   the two passes of every other problem
+//     hopper     the two passes of a batch, on a device of compute capability 9.0, where `hopper_fits`
+//     portable   the two passes of every other batch
 //
-// The problems of a call come one after the other and use the same memory; what is kept of each, besides results, are
-// parts of the total and of the temperature's gradient, which the last launch adds in order.
+// Pairs of the same sizes that follow each other are a batch and share every launch, until there are enough of them to
+// keep the device busy. Batches come one after the other and use the same memory; what is kept of each, besides
+// results, are parts of the total and of the temperature's gradient, which the last launch adds in order.
 //
-// Memory of a problem: unit vectors of both sides, padded, in their own type; then, in the same place, first the
+// Memory of a batch: unit vectors of both sides, padded, in their own type; then, in the same place, first the
 // forward pass's sums, a few numbers a row, and after it gradients by unit vectors, in float32.
 
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 #include "launch.cuh"
 #include "rows.cuh"
@@ -79,7 +81,34 @@ class Pieces {
     int64_t used_ = 0, most_ = 0;
 };
 
-// What every launch of one problem is given.
+bool joins(const HdcCudaProblem& problem, const Batch& batch) {
+    return problem.rows == batch.rows && problem.columns == batch.columns &&
+           padded_width(problem.width) == batch.width && !problem.dy.data == !batch.of[0].dy.data &&
+           !problem.x_ids && !batch.x_ids;
+}
+
+// All pairs of a call, in order. Those of a batch have their memory at the same time, so there are no more in one than
+// it takes to give every processor something to do.
+std::vector<Batch> batches_of(const HdcCudaCall& call, const HdcCudaProblem* problems, const Device& device) {
+    const int64_t enough = 256 * int64_t{device.processors};  // padded rows: two blocks of 128 a processor
+    std::vector<Batch> batches;
+    for (int64_t k = 0; k < call.problems; ++k) {
+        const HdcCudaProblem& problem = problems[k];
+        const bool full = batches.empty() || batches.back().pairs == Batch::MOST_PAIRS ||
+                          batches.back().groups * padded_rows(problem.rows) >= enough;
+        if (full || !joins(problem, batches.back())) {
+            batches.push_back({0, problem.rows, problem.columns, padded_width(problem.width), problem.x_ids,
+                               problem.y_ids});
+        }
+        Batch& batch = batches.back();
+        batch.of[batch.pairs++] = {problem.x, problem.y, problem.dx, problem.dy, batch.groups, int(problem.width),
+                                   static_cast<float>(problem.weight)};
+        batch.groups += problem.groups;
+    }
+    return batches;
+}
+
+// What every launch of one batch is given.
 struct Launches {
     const Passes* passes;
     bool no_pairs;  // one side is empty: every sum is 0
@@ -107,26 +136,26 @@ int64_t gradient_splits(const Launches& all, const GradientPass& pass, const Dev
 int64_t sums_of(const LogsumexpPass& pass) { return pass.splits * pass.groups * pass.own.padded; }
 int64_t numbers_of(const GradientPass& pass) { return pass.splits * pass.groups * pass.own.padded * pass.width; }
 
-Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t first_row, int64_t all_rows,
+Launches lay_out(const HdcCudaCall& call, const Batch& batch, int64_t first_row, int64_t all_rows,
                  const Device& device, Pieces& pieces) {
     const auto type = static_cast<Type>(call.dtype);
     const int bytes = type == Type::fp32 || type == Type::tf32 ? 4 : 2;
-    const int width = padded_width(problem.width);
-    const int64_t groups = problem.groups;
-    const int64_t x_padded = padded_rows(problem.rows), y_padded = padded_rows(problem.columns);
+    const int width = batch.width;
+    const int64_t groups = batch.groups;
+    const int64_t x_padded = padded_rows(batch.rows), y_padded = padded_rows(batch.columns);
     const bool positives = call.function == HDC_CUDA_INFO_NCE;
     const Temperature temperature = {static_cast<float>(call.temperature), call.device_temperature};
     Launches all = {};
-    all.no_pairs = groups * problem.rows * problem.columns == 0;
+    all.no_pairs = groups * batch.rows * batch.columns == 0;
 
     const int64_t begin = pieces.used();
     void* x_units = pieces.take<char>(groups * x_padded * width * bytes);
     void* y_units = pieces.take<char>(groups * y_padded * width * bytes);
-    float* positive = positives ? pieces.take<float>(groups * problem.rows) : nullptr;
-    all.packing = {problem, temperature, call.normalize != 0, x_units, y_units, positive};
+    float* positive = positives ? pieces.take<float>(groups * batch.rows) : nullptr;
+    all.packing = {batch, temperature, call.normalize != 0, x_units, y_units, positive};
 
-    const Side x = {x_units, problem.rows, x_padded, problem.x_ids};
-    const Side y = {y_units, problem.columns, y_padded, problem.y_ids};
+    const Side x = {x_units, batch.rows, x_padded, batch.x_ids};
+    const Side y = {y_units, batch.columns, y_padded, batch.y_ids};
     const Pass x_to_y = {type, width, groups, x, y, temperature, !positives && call.diagonal, call.same != 0};
     Pass y_to_x = x_to_y;
     std::swap(y_to_x.own, y_to_x.other);
@@ -154,7 +183,7 @@ Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t
             all.columns.total = pieces.take<float>(sums_of(all.columns));
         }
         all.terms = {
-            problem, temperature, all.rows.bounded,
+            batch, temperature, all.rows.bounded,
             {all.rows.highest, all.rows.total, all.rows.splits},
             {all.columns.highest, all.columns.total, all.columns.splits},
             all.rows.column_total, all.rows.column_parts, positive, all.rows.diagonal_cosine,
@@ -164,8 +193,8 @@ Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t
     pieces.back_to(packed);
     if (call.task != HDC_CUDA_FORWARD) {
         Weights& weights = all.weights;
-        weights = {groups, problem.rows, call.task == HDC_CUDA_BACKWARD ? call.upstream + first_row : nullptr,
-                   problem.weight, positive, lse, column_lse};
+        weights = {batch, call.task == HDC_CUDA_BACKWARD ? call.upstream + first_row : nullptr, positive, lse,
+                   column_lse};
         const int64_t count = groups * x_padded;
         weights.share = pieces.take<float>(count);
         weights.shift = pieces.take<float>(count);
@@ -181,7 +210,7 @@ Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t
         all.x.largest = weights.largest;
         all.x.splits = gradient_splits(all, all.x, device);
         all.x.gradient = pieces.take<float>(numbers_of(all.x));
-        if (problem.dy.data) {
+        if (batch.of[0].dy.data) {
             static_cast<Pass&>(all.y) = y_to_x;
             all.y.own_term = of_columns;
             all.y.other_term = of_rows;
@@ -190,7 +219,7 @@ Launches lay_out(const HdcCudaCall& call, const HdcCudaProblem& problem, int64_t
             all.y.gradient = pieces.take<float>(numbers_of(all.y));
         }
         all.unpacking = {
-            problem, temperature, call.normalize != 0, all.x.gradient, all.y.gradient, all.x.splits, all.y.splits,
+            batch, temperature, call.normalize != 0, all.x.gradient, all.y.gradient, all.x.splits, all.y.splits,
             positives ? weights.share : nullptr, positives ? weights.column_share : nullptr, nullptr,
         };
     }
@@ -253,11 +282,11 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const __grid_constant__ S
 
 // --- The call -------------------------------------------------------------------------------------------------------
 
-Sums take_sums(const HdcCudaCall& call, const HdcCudaProblem* problems, Pieces& pieces) {
+Sums take_sums(const HdcCudaCall& call, const std::vector<Batch>& batches, Pieces& pieces) {
     int64_t terms = 0, temperatures = 0;
-    for (int64_t k = 0; k < call.problems; ++k) {
-        terms += terms_parts(problems[k]);
-        temperatures += unpack_parts(problems[k]);
+    for (const Batch& batch : batches) {
+        terms += terms_parts(batch);
+        temperatures += unpack_parts(batch);
     }
     Sums sums = {};
     if (call.task != HDC_CUDA_BACKWARD) sums.of[0] = {pieces.take<float>(terms), terms, call.total};
@@ -267,28 +296,23 @@ Sums take_sums(const HdcCudaCall& call, const HdcCudaProblem* problems, Pieces& 
     return sums;
 }
 
-int64_t rows_of(const HdcCudaCall& call, const HdcCudaProblem* problems) {
-    int64_t rows = 0;
-    for (int64_t k = 0; k < call.problems; ++k) rows += problems[k].groups * problems[k].rows;
-    return rows;
-}
-
 cudaError_t contrast(const HdcCudaCall& call, const HdcCudaProblem* problems, const Device& device,
                      cudaStream_t stream) {
     Pieces pieces(call.workspace);
-    const Sums sums = take_sums(call, problems, pieces);
-    const int64_t all_rows = rows_of(call, problems);
+    const std::vector<Batch> batches = batches_of(call, problems, device);
+    const Sums sums = take_sums(call, batches, pieces);
+    int64_t all_rows = 0;
+    for (const Batch& batch : batches) all_rows += batch.groups * batch.rows;
     int64_t first_row = 0, first_total = 0, first_temperature = 0;
-    for (int64_t k = 0; k < call.problems; ++k) {
-        const HdcCudaProblem& problem = problems[k];
-        Launches all = lay_out(call, problem, first_row, all_rows, device, pieces);
+    for (const Batch& batch : batches) {
+        Launches all = lay_out(call, batch, first_row, all_rows, device, pieces);
         all.terms.total = behind(sums.of[0].parts, first_total);
         all.unpacking.d_temperature = behind(sums.of[1].parts, first_temperature);
         const cudaError_t error = launch_all(call, all, stream);
         if (error != cudaSuccess) return error;
-        first_row += problem.groups * problem.rows;
-        first_total += terms_parts(problem);
-        first_temperature += unpack_parts(problem);
+        first_row += batch.groups * batch.rows;
+        first_total += terms_parts(batch);
+        first_temperature += unpack_parts(batch);
     }
     return launch(sums_kernel, 2, THREADS, sums, stream);
 }
@@ -301,10 +325,11 @@ using namespace hdc::cuda;
 int64_t hdc_cuda_workspace(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     Device device = {};
     if (find(device, call->device) != cudaSuccess) return 0;  // hdc_cuda_contrast will say why
-    if (small_fits(*call, problems, device.capability)) return small_workspace(*call, problems);
+    if (small_fits(*call, problems)) return small_workspace(*call, problems);
     Pieces pieces(nullptr);
-    take_sums(*call, problems, pieces);
-    for (int64_t k = 0; k < call->problems; ++k) lay_out(*call, problems[k], 0, 0, device, pieces);
+    const std::vector<Batch> batches = batches_of(*call, problems, device);
+    take_sums(*call, batches, pieces);
+    for (const Batch& batch : batches) lay_out(*call, batch, 0, 0, device, pieces);
     return pieces.most();
 }
 
@@ -314,8 +339,8 @@ int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(call->device));
     if (error != cudaSuccess) return error;
     const auto stream = static_cast<cudaStream_t>(call->stream);
-    return small_fits(*call, problems, device.capability) ? small_contrast(*call, problems, stream)
-                                                          : contrast(*call, problems, device, stream);
+    return small_fits(*call, problems) ? small_contrast(*call, problems, stream)
+                                       : contrast(*call, problems, device, stream);
 }
 
 const char* hdc_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -21,33 +21,34 @@ __device__ void store_packed(const float (&unit)[EACH], void* units, int64_t row
 }
 
 template <typename Element, bool TF32, int EACH>
-__global__ void __launch_bounds__(32 * WARPS) pack_kernel(const Packing packing) {
-    const HdcCudaProblem& problem = packing.problem;
-    const int64_t x_padded = padded_rows(problem.rows), y_padded = padded_rows(problem.columns);
+__global__ void __launch_bounds__(32 * WARPS) pack_kernel(const __grid_constant__ Packing packing) {
+    const Batch& batch = packing.batch;
+    const int64_t x_padded = padded_rows(batch.rows), y_padded = padded_rows(batch.columns);
     const int64_t longer = x_padded > y_padded ? x_padded : y_padded;
     const int64_t warp = int64_t{blockIdx.x} * WARPS + threadIdx.x / 32;
     const int64_t group = warp / longer, row = warp % longer;  // longer is a multiple of WARPS: no warp is too many
+    const Batch::Pair& pair = batch.pair_of(group);
     float x[EACH], y[EACH];
-    load_unit<Element>(x, problem.x, group, row, problem.rows, problem.width, packing.normalize);
-    load_unit<Element>(y, problem.y, group, row, problem.columns, problem.width, packing.normalize);
+    load_unit<Element>(x, pair.x, group - pair.begin, row, batch.rows, pair.width, packing.normalize);
+    load_unit<Element>(y, pair.y, group - pair.begin, row, batch.columns, pair.width, packing.normalize);
     if (row < x_padded) store_packed<Element, TF32>(x, packing.x_units, group * x_padded + row);
     if (row < y_padded) store_packed<Element, TF32>(y, packing.y_units, group * y_padded + row);
-    if (packing.positive && row < problem.rows) {
+    if (packing.positive && row < batch.rows) {
         float product = 0.0f;
 #pragma unroll
         for (int e = 0; e < EACH; ++e) product += x[e] * y[e];
         product = warp_sum(product);
         if (threadIdx.x % 32 == 0)
-            packing.positive[group * problem.rows + row] = product * inverse_temperature(packing.temperature);
+            packing.positive[group * batch.rows + row] = product * inverse_temperature(packing.temperature);
     }
 }
 
 template <typename Element, bool TF32>
 cudaError_t of_width(const Packing& packing, cudaStream_t stream) {
-    const HdcCudaProblem& problem = packing.problem;
-    const int64_t longer = padded_rows(problem.rows > problem.columns ? problem.rows : problem.columns);
-    const int64_t blocks = problem.groups * longer / WARPS;
-    switch (padded_width(problem.width)) {
+    const Batch& batch = packing.batch;
+    const int64_t longer = padded_rows(batch.rows > batch.columns ? batch.rows : batch.columns);
+    const int64_t blocks = batch.groups * longer / WARPS;
+    switch (batch.width) {
         case 64: return launch(pack_kernel<Element, TF32, 2>, blocks, 32 * WARPS, packing, stream);
         case 128: return launch(pack_kernel<Element, TF32, 4>, blocks, 32 * WARPS, packing, stream);
         case 256: return launch(pack_kernel<Element, TF32, 8>, blocks, 32 * WARPS, packing, stream);

@@ -58,6 +58,32 @@ struct Side {
     const int64_t* ids;  // [groups, count], or null in both sides
 };
 
+// Pairs of embeddings of the same rows, columns and padded width: to every kernel one problem, of the groups of the
+// first pair, then of the second, …
+struct Batch {
+    struct Pair {
+        HdcCudaMatrix x, y, dx, dy;
+        int64_t begin;  // of its groups among those of the batch
+        int width;
+        float weight;
+    };
+    static constexpr int MOST_PAIRS = 24;  // in the 4 KB that a kernel's arguments may take
+
+    int64_t groups, rows, columns;
+    int width;                     // padded_width of every pair's
+    const int64_t *x_ids, *y_ids;  // null where there are several pairs
+    int pairs;
+    Pair of[MOST_PAIRS];
+
+#ifdef __CUDACC__
+    __device__ const Pair& pair_of(int64_t group) const {
+        int pair = 0;
+        while (pair + 1 < pairs && group >= of[pair + 1].begin) ++pair;
+        return of[pair];
+    }
+#endif
+};
+
 struct Pass {  // what the two passes have in common
     Type type;
     int width;  // padded_width
@@ -71,7 +97,7 @@ struct Pass {  // what the two passes have in common
 // --- Packing --------------------------------------------------------------------------------------------------------
 
 struct Packing {
-    HdcCudaProblem problem;  // its x and y are read
+    Batch batch;  // x and y are read
     Temperature temperature;
     bool normalize;
     void *x_units, *y_units;  // [groups, padded_rows, padded_width], as in `Side`
@@ -132,7 +158,7 @@ struct Exponentials {
 
 // From these to logsumexps and terms; see HdcCudaCall.
 struct Terms {
-    HdcCudaProblem problem;  // its sizes and weight are read
+    Batch batch;  // its sizes and weights are read
     Temperature temperature;
     bool bounded;
     Exponentials of_rows, of_columns;  // the latter of 0 splits if a term has no part of its column's
@@ -145,7 +171,7 @@ struct Terms {
     float* total;  // [terms_parts]: what adds up to Σ weight·term
 };
 
-int64_t terms_parts(const HdcCudaProblem& problem);
+int64_t terms_parts(const Batch& batch);
 cudaError_t terms(const Terms& terms, cudaStream_t stream);
 
 // --- Backward -----------------------------------------------------------------------------------------------------
@@ -158,9 +184,8 @@ struct Term {
 
 // What upstream gradients make of logsumexps. The shares of "info_nce" are its positives' weights as well.
 struct Weights {
-    int64_t groups, rows;
-    const float* upstream;                // [groups, rows], or null: then `weight` is that of every row
-    double weight;
+    Batch batch;                          // its sizes are read, and its weights where the next is null
+    const float* upstream;                // [groups, rows], or null
     const float* positive;                // as `pack` left it; null but for "info_nce"
     const double *lse, *column_lse;       // [groups, rows]; the latter null if columns have no terms
     float *share, *shift;                 // [groups, padded_rows(rows)]: the rows' `Term`
@@ -201,7 +226,7 @@ __device__ inline bool counts(int64_t own_id, int64_t other_id, bool same) { ret
 // --- Unpacking ------------------------------------------------------------------------------------------------------
 
 struct Unpacking {
-    HdcCudaProblem problem;  // x and y are read, dx and dy written
+    Batch batch;  // x and y are read, dx and dy written
     Temperature temperature;
     bool normalize;
     const float *x_gradient, *y_gradient;  // [splits, groups, padded_rows, padded_width] of each pass
@@ -210,7 +235,7 @@ struct Unpacking {
     float* d_temperature;  // [unpack_parts]: what adds up to the temperature's gradient
 };
 
-int64_t unpack_parts(const HdcCudaProblem& problem);
+int64_t unpack_parts(const Batch& batch);
 // `type` is that of the embeddings; gradients are float32 where `wide`.
 cudaError_t unpack(const Unpacking& unpacking, Type type, bool wide, cudaStream_t stream);
 
@@ -225,8 +250,8 @@ cudaError_t hopper_gradient(const GradientPass& pass, cudaStream_t stream);
 
 // --- Small: small.cu, everything from raw embeddings to results in one launch ---------------------------------------
 
-// Whether one launch takes the whole call on a device of this compute capability (90 is 9.0).
-bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems, int capability);
+// Whether one launch takes the whole call, on any device.
+bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems);
 // Bytes of `call.workspace` that it uses.
 int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems);
 // The whole call: see contrast.h.

@@ -41,25 +41,26 @@ __device__ float term_of(const Terms& terms, double lse, float positive) {
     return fmaxf(gap, 0.0f) + log1pf(expf(-fabsf(gap)));  // log(1 + exp(gap)) to full relative accuracy
 }
 
-__global__ void __launch_bounds__(THREADS) terms_kernel(const Terms terms) {
-    const HdcCudaProblem& problem = terms.problem;
-    const int64_t blocks = (problem.rows + THREADS - 1) / THREADS;
+__global__ void __launch_bounds__(THREADS) terms_kernel(const __grid_constant__ Terms terms) {
+    const Batch& batch = terms.batch;
+    const int64_t blocks = (batch.rows + THREADS - 1) / THREADS;
     const int64_t group = blockIdx.x / blocks, row = blockIdx.x % blocks * THREADS + threadIdx.x;
+    const float weight = batch.pair_of(group).weight;
     float term = 0.0f;
-    if (row < problem.rows) {
-        const int64_t flat = group * problem.rows + row;
-        const int64_t row_padded = padded_rows(problem.rows), column_padded = padded_rows(problem.columns);
-        const int64_t longest = problem.rows > problem.columns ? problem.rows : problem.columns;
+    if (row < batch.rows) {
+        const int64_t flat = group * batch.rows + row;
+        const int64_t row_padded = padded_rows(batch.rows), column_padded = padded_rows(batch.columns);
+        const int64_t longest = batch.rows > batch.columns ? batch.rows : batch.columns;
         const float shift = fixed_shift(terms.temperature, terms.bounded, longest);
         const double k = inverse_temperature(terms.temperature) * LOG2_E;
         const float positive = terms.positive ? terms.positive[flat] : 0.0f;
         float top;
         const double lse =
-            LN_2 * merge(terms.of_rows, group * row_padded + row, problem.groups * row_padded, k, shift, top);
+            LN_2 * merge(terms.of_rows, group * row_padded + row, batch.groups * row_padded, k, shift, top);
         terms.lse[flat] = lse;
         term = term_of(terms, lse, positive);
         if (terms.of_columns.splits) {
-            const int64_t column = group * column_padded + row, stride = problem.groups * column_padded;
+            const int64_t column = group * column_padded + row, stride = batch.groups * column_padded;
             const bool down = terms.column_total && shift == shift;  // otherwise the columns had their own pass
             float unused;
             const double column_lse = LN_2 * (down ? shift + log2(sum_down(terms, column, stride))
@@ -72,17 +73,15 @@ __global__ void __launch_bounds__(THREADS) terms_kernel(const Terms terms) {
         terms.hits[flat] = found && term == term;
     }
     const float total = over_block(term, [](float a, float b) { return a + b; });
-    if (threadIdx.x == 0) terms.total[blockIdx.x] = static_cast<float>(terms.problem.weight) * total;
+    if (threadIdx.x == 0) terms.total[blockIdx.x] = weight * total;
 }
 
 }  // namespace
 
-int64_t terms_parts(const HdcCudaProblem& problem) {
-    return problem.groups * ((problem.rows + THREADS - 1) / THREADS);
-}
+int64_t terms_parts(const Batch& batch) { return batch.groups * ((batch.rows + THREADS - 1) / THREADS); }
 
 cudaError_t terms(const Terms& terms, cudaStream_t stream) {
-    return launch(terms_kernel, terms_parts(terms.problem), THREADS, terms, stream);
+    return launch(terms_kernel, terms_parts(terms.batch), THREADS, terms, stream);
 }
 
 }  // namespace hdc::cuda

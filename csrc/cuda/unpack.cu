@@ -47,34 +47,36 @@ __device__ float store_gradient(
 }
 
 template <typename Element, typename Gradient, int EACH>
-__global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const Unpacking unpacking) {
-    const HdcCudaProblem& problem = unpacking.problem;
-    const int64_t x_padded = padded_rows(problem.rows), y_padded = padded_rows(problem.columns);
+__global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const __grid_constant__ Unpacking unpacking) {
+    const Batch& batch = unpacking.batch;
+    const int64_t x_padded = padded_rows(batch.rows), y_padded = padded_rows(batch.columns);
     const int64_t longer = x_padded > y_padded ? x_padded : y_padded;
     const int64_t warp = int64_t{blockIdx.x} * WARPS + threadIdx.x / 32;
     const int64_t group = warp / longer, row = warp % longer;
+    const Batch::Pair& pair = batch.pair_of(group);
+    const int64_t own_group = group - pair.begin;
     const bool normalize = unpacking.normalize;
     const float scale = inverse_temperature(unpacking.temperature);
     float x[EACH], y[EACH];
-    const float x_inverse = load_unit<Element>(x, problem.x, group, row, problem.rows, problem.width, normalize);
-    const float y_inverse = load_unit<Element>(y, problem.y, group, row, problem.columns, problem.width, normalize);
+    const float x_inverse = load_unit<Element>(x, pair.x, own_group, row, batch.rows, pair.width, normalize);
+    const float y_inverse = load_unit<Element>(y, pair.y, own_group, row, batch.columns, pair.width, normalize);
     float pull = 0.0f;
-    if (row < problem.rows) {
+    if (row < batch.rows) {
         if (unpacking.weight) pull += unpacking.weight[group * x_padded + row];
         if (unpacking.column_weight) pull += unpacking.column_weight[group * x_padded + row];
     }
     constexpr int WIDTH = 32 * EACH;
     float along = 0.0f;
-    if (row < problem.rows) {
+    if (row < batch.rows) {
         along = store_gradient<Gradient>(
             x, y, x_inverse, pull, scale, normalize, unpacking.x_gradient + (group * x_padded + row) * WIDTH,
-            unpacking.x_splits, problem.groups * x_padded * WIDTH, problem.dx, group, row, problem.width
+            unpacking.x_splits, batch.groups * x_padded * WIDTH, pair.dx, own_group, row, pair.width
         );
     }
-    if (row < problem.columns && problem.dy.data) {
+    if (row < batch.columns && pair.dy.data) {
         store_gradient<Gradient>(
             y, x, y_inverse, pull, scale, normalize, unpacking.y_gradient + (group * y_padded + row) * WIDTH,
-            unpacking.y_splits, problem.groups * y_padded * WIDTH, problem.dy, group, row, problem.width
+            unpacking.y_splits, batch.groups * y_padded * WIDTH, pair.dy, own_group, row, pair.width
         );
     }
     __shared__ float of_warps[WARPS];
@@ -89,8 +91,8 @@ __global__ void __launch_bounds__(32 * WARPS) unpack_kernel(const Unpacking unpa
 
 template <typename Element, typename Gradient>
 cudaError_t of_width(const Unpacking& unpacking, cudaStream_t stream) {
-    const int64_t blocks = unpack_parts(unpacking.problem);
-    switch (padded_width(unpacking.problem.width)) {
+    const int64_t blocks = unpack_parts(unpacking.batch);
+    switch (unpacking.batch.width) {
         case 64: return launch(unpack_kernel<Element, Gradient, 2>, blocks, 32 * WARPS, unpacking, stream);
         case 128: return launch(unpack_kernel<Element, Gradient, 4>, blocks, 32 * WARPS, unpacking, stream);
         case 256: return launch(unpack_kernel<Element, Gradient, 8>, blocks, 32 * WARPS, unpacking, stream);
@@ -100,8 +102,8 @@ cudaError_t of_width(const Unpacking& unpacking, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t unpack_parts(const HdcCudaProblem& problem) {
-    return problem.groups * padded_rows(problem.rows > problem.columns ? problem.rows : problem.columns) / WARPS;
+int64_t unpack_parts(const Batch& batch) {
+    return batch.groups * padded_rows(batch.rows > batch.columns ? batch.rows : batch.columns) / WARPS;
 }
 
 cudaError_t unpack(const Unpacking& unpacking, Type type, bool wide, cudaStream_t stream) {

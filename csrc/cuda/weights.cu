@@ -23,14 +23,14 @@ __device__ float slope(const Weights& weights, double lse, int64_t row) {
     return 1.0f / (1.0f + expf(static_cast<float>(weights.positive[row] - lse)));
 }
 
-__global__ void __launch_bounds__(THREADS) weights_kernel(const Weights weights) {
-    const int64_t padded = padded_rows(weights.rows);
+__global__ void __launch_bounds__(THREADS) weights_kernel(const __grid_constant__ Weights weights) {
+    const int64_t padded = padded_rows(weights.batch.rows);
     const int64_t place = int64_t{blockIdx.x} * THREADS + threadIdx.x;  // in [groups, padded]
-    const int64_t group = place / padded, row = place % padded, flat = group * weights.rows + row;
+    const int64_t group = place / padded, row = place % padded, flat = group * weights.batch.rows + row;
     const bool columns = weights.column_lse;
     float share = 0.0f, shift = INFINITY, column_share = 0.0f, column_shift = INFINITY;
-    if (row < weights.rows) {
-        const float whole = weights.upstream ? weights.upstream[flat] : static_cast<float>(weights.weight);
+    if (row < weights.batch.rows) {
+        const float whole = weights.upstream ? weights.upstream[flat] : weights.batch.pair_of(group).weight;
         const float upstream = columns ? 0.5f * whole : whole;
         share = upstream * slope(weights, weights.lse[flat], flat);
         shift = shift_of(weights.lse[flat]);
@@ -56,9 +56,10 @@ __global__ void __launch_bounds__(THREADS) weights_kernel(const Weights weights)
 }  // namespace
 
 cudaError_t weights(const Weights& weights, cudaStream_t stream) {
-    const cudaError_t error = cudaMemsetAsync(weights.largest, 0, weights.groups * sizeof(float), stream);
+    const Batch& batch = weights.batch;
+    const cudaError_t error = cudaMemsetAsync(weights.largest, 0, batch.groups * sizeof(float), stream);
     if (error != cudaSuccess) return error;
-    return launch(weights_kernel, weights.groups * padded_rows(weights.rows) / THREADS, THREADS, weights, stream);
+    return launch(weights_kernel, batch.groups * padded_rows(batch.rows) / THREADS, THREADS, weights, stream);
 }
 
 }  // namespace hdc::cuda

@@ -26,6 +26,11 @@ def percent(share: float) -> Number:
     return Number(f"{100 * share:.1f}", 100 * share)
 
 
+def points(difference: float) -> Number:
+    """Of two percentages, with its sign."""
+    return Number(f"{difference:+.1f}", difference)
+
+
 def element(name: str, *children: object, **attributes: object) -> Html:
     """`element("td", "a < b", class_="n")`: attributes lose a last _, the other ones become -."""
     given = "".join(
@@ -47,12 +52,14 @@ def table(caption: object, header: Sequence[object], rows: Sequence[Sequence[obj
     figures = [
         any(isinstance(cell, Number) for cell in column) for column in zip(*rows, strict=True)
     ]
+    classes = [{"class_": "n"} if is_figures else {} for is_figures in figures]
     head = [
-        element("th", cell, scope="col", **({"class_": "n"} if is_figures else {}))
-        for cell, is_figures in zip(header, figures, strict=True)
+        element("th", cell, scope="col", **names)
+        for cell, names in zip(header, classes, strict=True)
     ]
     body = [
-        element("tr", element("th", first, scope="row"), *map(_cell, rest)) for first, *rest in rows
+        element("tr", element("th", first, scope="row"), *map(_cell, rest, classes[1:]))
+        for first, *rest in rows
     ]
     title = [element("caption", caption)] if caption else []
     inner = (*title, element("thead", element("tr", *head)), element("tbody", *body))
@@ -68,7 +75,7 @@ def folded(title: object, *children: object) -> Html:
     return element("details", element("summary", title), *children)
 
 
-def _cell(value: object) -> Html:
+def _cell(value: object, names: dict[str, str]) -> Html:
     if isinstance(value, Number):
-        return element("td", value.text, class_="n", title=value.value)
-    return element("td", value)
+        return element("td", value.text, title=value.value, **names)
+    return element("td", value, **names)

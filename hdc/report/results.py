@@ -5,7 +5,7 @@ from typing import Any
 
 from hdc.config import flat
 from hdc.paper import DATASETS
-from hdc.report.html import Html, element, number, percent, table
+from hdc.report.html import Html, element, number, percent, points, table
 from hdc.report.records import Record
 
 RANDOM = "random weights"
@@ -34,14 +34,13 @@ def _reproduced(found: dict[str, Any]) -> Html:
             line["title"],
             DATASETS[line["dataset"]],
             number(line["k"]),
-            *(
-                "–" if line[of] is None else percent(line[of] / 100)
-                for of in ("paper", "here", "gap")
-            ),
+            *("–" if line[of] is None else percent(line[of] / 100) for of in ("paper", "here")),
+            "–" if line["gap"] is None else points(line["gap"]),
         )
         for line in found["percent"]
     ]
-    title = f"{found['table']} of the paper: {found['summary']}"
+    *word, place = found["table"]  # "table1", "section4"
+    title = f"{''.join(word).capitalize()} {place} of the paper: {found['summary']}"
     return table(title, ["row", "dataset", "top-k", "paper %", "here %", "gap"], rows)
 
 

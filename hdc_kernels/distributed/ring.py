@@ -61,22 +61,14 @@ def sums(
         mask,
         ranked=ranked,
     )
-    # Inside an operator nothing is recorded, and plain PyTorch needs that for its gradients.
-    if torch.compiler.is_compiling() and call.backend not in PLAIN:
-        return Sums(*operators.sums(call, rows, tau, bias, x, y))
-    return _eager(call, rows, tau, bias, x, y)
-
-
-@torch.compiler.disable(reason="Use a backend with kernels, or strategy='gather'.")
-def _eager(
-    call: Call,
-    rows: Rows,
-    tau: Tensor | None,
-    bias: Tensor | None,
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-) -> Sums:
-    return Sums(*SumOverBlocks.apply(call, rows, tau, bias, *x, *y))
+    apply = SumOverBlocks.apply
+    if torch.compiler.is_compiling():
+        if call.backend not in PLAIN:
+            return Sums(*operators.sums(call, rows, tau, bias, x, y))
+        # Inside an operator nothing is recorded, and plain PyTorch needs that for its gradients.
+        torch._dynamo.graph_break("use a backend with kernels, or strategy='gather'")
+        apply = torch.compiler.disable(apply)
+    return Sums(*apply(call, rows, tau, bias, *x, *y))
 
 
 class SumOverBlocks(torch.autograd.Function):

@@ -31,6 +31,7 @@ enum { cudaSuccess, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101, cud
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
     cudaDevAttrComputeCapabilityMajor,
     cudaDevAttrComputeCapabilityMinor,
 };
@@ -76,7 +77,7 @@ struct Block {
 };
 
 inline Block block;
-inline int processors = 132;  // of the one device, an 8.0
+inline int processors = 132, shared_memory = 166'912;  // of the one device, an 8.0
 inline dim3 grid{1}, threads{1}, block_index{0}, thread_index{0};
 inline std::vector<uint32_t> dynamic;
 
@@ -201,10 +202,13 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device != 0) return cudaErrorInvalidDevice;
-    *value = attribute == cudaDevAttrMultiProcessorCount      ? emulated::processors
-             : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-                                                              : 0;
-    return 0;
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = emulated::processors; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulated::shared_memory; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    }
+    return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline const char* cudaGetErrorString(cudaError_t error) {

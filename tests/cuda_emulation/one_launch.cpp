@@ -5,7 +5,7 @@ namespace hdc::cuda {
 
 bool takes_it = false;
 
-bool small_fits(const HdcCudaCall&, const HdcCudaProblem*, int) { return takes_it; }
+bool small_fits(const HdcCudaCall&, const HdcCudaProblem*) { return takes_it; }
 int64_t small_workspace(const HdcCudaCall&, const HdcCudaProblem*) { return 7; }
 cudaError_t small_contrast(const HdcCudaCall& call, const HdcCudaProblem*, cudaStream_t) {
     *call.total = 77;

@@ -11,11 +11,13 @@ from hdc_kernels.backends import Gradients, Problems, Terms, plain
 
 def forward(problems: Problems, logsumexp: Callable[[Problems], Terms]) -> Terms:
     """Terms out of those that `logsumexp` makes."""
-    sharp, broad = (logsumexp(part) for part in _parts(problems))
+    of_sharp, of_broad = _parts(problems)
+    sharp, broad = logsumexp(of_sharp), logsumexp(of_broad._replace(ranked=False))
     # In float64: logsumexps are large at a small temperature, and their difference is not.
     difference = (sharp.lse - broad.lse).masked_fill(sharp.lse == -torch.inf, -torch.inf)
     loss = difference[0].to(sharp.loss.dtype)
-    return Terms(plain.total(problems, loss), loss, sharp.hits, torch.cat((sharp.lse, broad.lse)))
+    lse = torch.cat((sharp.lse, broad.lse))
+    return Terms(plain.total(problems, loss), loss, sharp.hits, lse, sharp.ranks)
 
 
 def backward(
