@@ -32,7 +32,9 @@ struct HdcProblem {  // one pair of embeddings
     const int64_t *left_out_starts, *left_out;
 };
 
-struct HdcCall {  // T = Σ groups·rows; void* points to the type that the embeddings are computed in
+// T = Σ groups·rows; void* points to the type that the embeddings are computed in. Terms, hits and lse are all null
+// where FORWARD or STEP is called for the total alone.
+struct HdcCall {
     int64_t task, dtype, normalize, symmetric, threads, problems;
     int64_t bfloat16;  // whether products may round to it; only for float32 and bfloat16, see hdc_has_bfloat16
     int64_t function, diagonal, same;  // `Mask`: whether (i, i) counts; whether equal ids do, rather than others

@@ -80,7 +80,7 @@ class Calculation {
                 full ? at<T>(p.dy, item.group) : at<Stored>(p.dy, item.group),
                 p.rows, p.columns, p.width, p.weight,
                 at(static_cast<T*>(call.terms), item.row), at(call.hits, item.row), at(call.ranks, item.row), lse,
-                call.symmetric ? lse + rows : nullptr, call.function == HDC_TILTED ? lse + rows : nullptr,
+                call.symmetric ? at(lse, rows) : nullptr, call.function == HDC_TILTED ? at(lse, rows) : nullptr,
                 at(static_cast<const T*>(call.upstream), item.row),
                 at(p.x_ids, item.group * p.rows), at(p.y_ids, item.group * p.columns),
                 p.left_out_starts, p.left_out,

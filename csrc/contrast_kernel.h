@@ -209,6 +209,7 @@ class Contrast {
     Private<T>& own;
     const HdcCall& call;
     const bool normalize, symmetric, tilted, full_gradients, positives;  // whether rows have one
+    const bool per_row;                         // whether terms, hits and logsumexps are asked for
     const double scale, row_scale, tilt_scale;  // of S τ: 1 / τ; in row_lse; in tilt_lse
     const T scale2, tilt_scale2;                // the last two for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
@@ -420,9 +421,9 @@ class Contrast {
     void finish_row(int64_t i, T highest, double sum) {
         const int64_t row = first + i;
         packed.row_lse[row] = log_of_sum(highest, row_scale, sum);
-        group.row_lse[row] = packed.row_lse[row];
+        if (per_row) group.row_lse[row] = packed.row_lse[row];
         finish_rank(row);
-        group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
+        if (per_row) group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;
     }
 
     // A row's term, and its derivative by lse.
@@ -471,7 +472,7 @@ class Contrast {
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
         : group(group), packed(packed), own(own), call(call), normalize(call.normalize), symmetric(call.symmetric),
           tilted(call.function == HDC_TILTED), full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
-          scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
+          per_row(call.terms), scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
           scale2(T(LOG2E * row_scale)), tilt_scale2(T(LOG2E * tilt_scale)) {}
 
     // Norms, Ŷ and the positives of the rows and columns of these numbers, of either of which there may be fewer.
@@ -539,7 +540,7 @@ class Contrast {
             }
             for (int64_t i = 0; i < count; i++) {
                 if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
-                if (!saved) group.hits[first + i] = false, group.row_lse[first + i] = 0;  // without a meaning
+                if (!saved && per_row) group.hits[first + i] = false, group.row_lse[first + i] = 0;  // without a meaning
                 finish_rank(first + i);
                 if (!gradients) continue;
                 group.d_bias[first + i] = sum_of_lanes<T>(load(own.row_second + i * V));
@@ -679,7 +680,8 @@ class Contrast {
                 finish_row(i, highest, sum_of_lanes<T>(sums * exp2((maxima - highest) * scale2)));
                 if (!tilted) continue;
                 const Vector<T> tilts = load(own.row_second + i * V) * exp2((maxima - highest) * tilt_scale2);
-                packed.tilt_lse[first + i] = group.tilt_lse[first + i] = log_of_sum(highest, tilt_scale, sum_of_lanes<T>(tilts));
+                packed.tilt_lse[first + i] = log_of_sum(highest, tilt_scale, sum_of_lanes<T>(tilts));
+                if (per_row) group.tilt_lse[first + i] = packed.tilt_lse[first + i];
             }
         }
     }
@@ -725,12 +727,12 @@ class Contrast {
             for (const Private<T>& thread : threads)
                 sum += double(thread.column_sum[j]) * std::exp((double(thread.column_maximum[j]) - double(highest)) * scale);
             packed.column_lse[j] = log_of_sum(highest, scale, sum);
-            group.column_lse[j] = packed.column_lse[j];
+            if (per_row) group.column_lse[j] = packed.column_lse[j];
         }
     }
 
     void finish_term(int64_t row, double loss) {
-        group.terms[row] = T(loss);
+        if (per_row) group.terms[row] = T(loss);
         own.total += group.weight * loss;
     }
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hdc_kernels.backends import Terms
-from hdc_kernels.call import Call, scale, temperature_gradient
+from hdc_kernels.backends.outputs import NO_ROWS
+from hdc_kernels.call import Call, in_dtype, temperature_gradient
 from hdc_kernels.selection import implementation
 
 MASK = 3  # tensors: `Call.without_tensors`
@@ -24,45 +25,51 @@ def value(
     if torch._C._are_functorch_transforms_active():
         bare, mask = call.without_tensors()
         shown = TransformedValue.apply(bare, *mask, tau, bias, *xy)[: -_made(call, bias)]
+        shown = shown if call.per_row else shown[0]
     else:
         shown = Value.apply(call, tau, bias, *xy)
+    if not call.per_row:
+        return shown, NO_ROWS.loss, NO_ROWS.hits, None
     result, hits, *rest = shown
     terms = result.detach() if call.weights is None else rest.pop(0)
     return result, terms, hits, rest[0] if rest else None
 
 
 class Value(torch.autograd.Function):
-    """(call, τ or None, bias or None, *x, *y) -> (value, hits), with weights also the terms, then any ranks."""
+    """(call, τ or None, bias or None, *x, *y) -> value, if rows are asked for hits, with weights terms, any ranks."""
 
     @staticmethod
     def forward(
         ctx: Any, call: Call, tau: Tensor | None, bias: Tensor | None, *xy: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...]:
         if not any(ctx.needs_input_grad[3 + call.pairs :]):
             call = call._replace(needs_y=False)
-        shown, made = _evaluate(call, tau, bias, xy)
+        shown, ctx.made = _evaluate(call, tau, bias, xy)
         ctx.call, mask = call.without_tensors()
-        ctx.made = made
         ctx.save_for_backward(*mask, tau, bias, *xy)
-        ctx.mark_non_differentiable(*shown[1:])
         ctx.set_materialize_grads(False)
+        if not call.per_row:
+            return shown[0]
+        ctx.mark_non_differentiable(*shown[1:])
         return shown
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        *mask, tau, bias = ctx.saved_tensors[: MASK + 2]
-        xy = ctx.saved_tensors[MASK + 2 :]
-        call = ctx.call.with_tensors(*mask)
+        x_ids, y_ids, left_out, tau, bias, *xy = ctx.saved_tensors
+        call = ctx.call.with_tensors(x_ids, y_ids, left_out)
         made = ctx.made or _evaluate(call, tau, bias, xy)[1]
         if torch.is_grad_enabled():
-            return None, *Gradient.apply(ctx.call, *mask, upstream, tau, bias, *xy, *made)
-        # Gradients that need no scaling are given away, not copied: a second pass makes new ones.
-        give_away = call.weights is not None and _is_one(upstream)
-        if give_away:
-            ctx.made = None
-        return None, *_gradient(call, upstream, tau, bias, *xy, *made, scaled=give_away)
+            bare = ctx.call, x_ids, y_ids, left_out
+            return None, *Gradient.apply(*bare, upstream, tau, bias, *xy, *made)
+        if call.weights is None:
+            return None, *_gradient(call, upstream, tau, bias, *xy, *made)
+        # The total's gradients are given away, not copied: a second pass makes new ones.
+        ctx.made = None
+        if not _is_one(upstream):
+            torch._foreach_mul_(list(made), upstream)
+        return None, *_per_input(made, tau, bias, xy)
 
 
 class TransformedValue(torch.autograd.Function):
@@ -164,6 +171,8 @@ def _evaluate(
         result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
         return (result.loss, result.hits, *_counted(result)), [result.lse]
     terms, made = call.step(tau, bias, x, y)
+    if not call.per_row:
+        return (terms.total,), made
     return (terms.total, terms.hits, terms.loss, *_counted(terms)), made
 
 
@@ -182,24 +191,29 @@ def _gradient(
     tau: Tensor | None,
     bias: Tensor | None,
     *rest: Tensor,
-    scaled: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """(dτ or None, dbias or None, *dx, *dy or None) out of what `_evaluate` made, which the upstream gradient is
-    in already if it is `scaled`."""
+    """(dτ or None, dbias or None, *dx, *dy or None) out of what `_evaluate` made."""
     xy: Sequence[Tensor] = rest[: 2 * call.pairs]
     made: Sequence[Tensor] = rest[2 * call.pairs :]
     if call.weights is None:
         x, y = xy[: call.pairs], xy[call.pairs :]
         made = call.backward(tau, bias, x, y, made[0], upstream)
-    elif not scaled:
-        made = scale(made, upstream, xy[0].dtype, 1 if bias is None else 2)
-    d_tau, *others = made
+    else:
+        made = torch._foreach_mul(list(made), upstream)
+    return _per_input(made, tau, bias, xy)
+
+
+def _per_input(
+    found: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """(dτ, dbias if there is one, *dx, *dy if they are needed), in the dtypes of the inputs; else None."""
+    d_tau, *others = found
     d_bias = None if bias is None else others.pop(0)
-    others = [d.to(xy[0].dtype) for d in others]
+    others = in_dtype(others, xy[0].dtype)
     not_needed = (None,) * (len(xy) - len(others))
     return temperature_gradient(d_tau, tau), d_bias, *others, *not_needed
 
 
 def _is_one(upstream: Tensor) -> bool:
     """Mostly it is. On a GPU, asking would wait for it."""
-    return upstream.device.type == "cpu" and upstream.item() == 1
+    return upstream.is_cpu and upstream.item() == 1

@@ -25,6 +25,7 @@ class Call(NamedTuple):
     needs_y: bool = True
     ranked: bool = False
     beta: float = 1.0
+    per_row: bool = True
 
     def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
         """Itself but for the tensors of its mask, and these."""
@@ -48,8 +49,8 @@ class Call(NamedTuple):
     ) -> Problems:
         """What a backend takes."""
         return Problems(
-            self._grouped(x),
-            self._grouped(y),
+            tuple(x),
+            tuple(y),
             (1.0,) * self.pairs if self.weights is None else self.weights,
             self.temperature if tau is None else tau,
             self.normalize,
@@ -60,6 +61,8 @@ class Call(NamedTuple):
             self.needs_y,
             self.ranked,
             self.beta,
+            self.per_row,
+            self.rows_first,
         )
 
     def plain(
@@ -73,9 +76,9 @@ class Call(NamedTuple):
     def step(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Terms, list[Tensor]]:
-        """Terms and for `scale` the total's gradients, as `backward` has them."""
+        """Terms and the total's gradients, as `backward` has them, in the dtype that they are computed in."""
         terms, gradients = implementation(self.backend).step(self.problems(tau, bias, x, y))
-        return terms, self._listed(gradients, x, y)
+        return terms, self._listed(gradients)
 
     def backward(
         self,
@@ -88,47 +91,22 @@ class Call(NamedTuple):
     ) -> list[Tensor]:
         """(dτ, dbias if there is one, *dx, *dy if they are needed) of Σ upstream · terms."""
         problems = self.problems(tau, bias, x, y)
-        return self._listed(implementation(self.backend).backward(problems, lse, upstream), x, y)
+        return self._listed(implementation(self.backend).backward(problems, lse, upstream))
 
-    def _listed(
-        self, gradients: Gradients, x: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _listed(self, gradients: Gradients) -> list[Tensor]:
         scalars = [gradients.temperature]
         if gradients.bias is not None:
             scalars.append(gradients.bias)
-        dy = self._like(gradients.y, y) if self.needs_y else []
-        return [*scalars, *self._like(gradients.x, x), *dy]
-
-    def _grouped(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each as [G, rows, D]."""
-        return tuple(
-            x.transpose(0, 1) if k < self.rows_first else x.unsqueeze(0) if x.dim() == 2 else x
-            for k, x in enumerate(inputs)
-        )
-
-    def _like(self, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of `_grouped` inputs as gradients of the inputs."""
-        pairs = enumerate(zip(gradients, inputs, strict=True))
-        return [
-            g.transpose(0, 1) if k < self.rows_first else g.squeeze(0) if x.dim() == 2 else g
-            for k, (g, x) in pairs
-        ]
+        return [*scalars, *gradients.x, *(gradients.y if self.needs_y else ())]
 
 
-def scale(
-    made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype, scalars: int
-) -> list[Tensor]:
-    """The total's gradients times the upstream one (in float32: a loss scale may not fit into float16).
-
-    Those of the embeddings, behind the first `scalars`, become `dtype`. On a GPU that is one launch, or two if
-    the dtypes differ, for HD-NCE's twelve tensors too.
-    """
-    scaled = list(torch._foreach_mul(list(made), upstream))
-    embeddings = scaled[scalars:]
-    if embeddings[0].dtype != dtype:
-        embeddings = [torch.empty_like(d, dtype=dtype) for d in embeddings]
-        torch._foreach_copy_(embeddings, scaled[scalars:])
-    return [*scaled[:scalars], *embeddings]
+def in_dtype(gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Rounded, if they have to be: on a GPU in one launch, for HD-NCE's twelve tensors too."""
+    if gradients[0].dtype == dtype:
+        return list(gradients)
+    found = [torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
+    torch._foreach_copy_(found, list(gradients))
+    return found
 
 
 def temperature_gradient(d_tau: Tensor, tau: Tensor | None) -> Tensor | None:

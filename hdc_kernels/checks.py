@@ -66,22 +66,14 @@ def check_pair(
     With `extra_rows`, the second may have more rows (its second-last dimension) than the first. With `empty`, B
     may be 0, on a rank of a group that has none.
     """
-    for name, tensor in zip(names, pair, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; it must be one of "
-                + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
-            )
-        dimensions = shape.count(",") + 1
-        fits = tensor.dim() >= 2 if "..." in shape else tensor.dim() == dimensions
-        if not fits:
-            raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
-        if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
-            raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
-    check_alike(names, pair)
     query, key = pair
+    _check_embeddings(names[0], query, shape, empty)
+    equal = isinstance(key, Tensor) and key.shape == query.shape and key.dtype == query.dtype
+    if not equal:
+        _check_embeddings(names[1], key, shape, empty)
+    check_alike(names, pair)
+    if equal:
+        return
     more = extra_rows and key.dim() == query.dim() and key.shape[-2] > query.shape[-2]
     if key.shape != (
         query.shape[:-2] + key.shape[-2:-1] + query.shape[-1:] if more else query.shape
@@ -93,10 +85,28 @@ def check_pair(
         )
 
 
+def _check_embeddings(name: str, tensor: Tensor, shape: str, empty: bool) -> None:
+    """Of `check_pair`, what one tensor has to be by itself."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor {shape}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; it must be one of "
+            + ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        )
+    if tensor.dim() != shape.count(",") + 1 and not ("..." in shape and tensor.dim() >= 2):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; it must be {shape}")
+    if tensor.numel() == 0 and not (empty and _lacks_only_rows(tensor, shape)):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; no dimension may be 0")
+
+
 def check_alike(names: tuple[str, str], pair: tuple[Tensor, Tensor]) -> None:
     """Tensors of one dtype and device."""
-    for what in ("dtype", "device"):
-        ours, theirs = (getattr(tensor, what) for tensor in pair)
+    query, key = pair
+    for what, ours, theirs in (
+        ("dtype", query.dtype, key.dtype),
+        ("device", query.device, key.device),
+    ):
         if ours != theirs:
             raise ValueError(
                 f"{names[1]} has {what} {theirs} but {names[0]} has {ours}; they must be equal"

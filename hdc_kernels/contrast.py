@@ -45,6 +45,7 @@ def contrast(
     bias: Tensor | None = None,
     ranked: bool = False,
     beta: float = 1.0,
+    per_row: bool = True,
     backend: str = "auto",
 ) -> Contrast:
     """The term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
@@ -53,11 +54,12 @@ def contrast(
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
     The first `rows_first` pairs are [M, G, D] and [N, G, D] instead, batches of timesteps for example.
     What depends on the batch size goes into `divisor`: a compiled graph then serves every batch size.
+    Without `per_row`, which needs weights, terms and hits may be empty.
     No rows at all, as a rank may have among others, have no terms, whose gradients are 0.
     """
-    x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    x, y = zip(*pairs, strict=True)
     tau = temperature if isinstance(temperature, Tensor) else None
-    if not any(t.shape[:-1].numel() for t in x):
+    if not any(t.numel() for t in x):
         nothing = _no_terms(*x, *y, tau, bias)
         value = nothing if weights is None else nothing.sum()
         return Contrast(value, nothing.detach(), nothing.bool(), nothing.long() if ranked else None)
@@ -68,7 +70,7 @@ def contrast(
         select(
             backend, x, y, rows_first, function=function, single_entries=mask.left_out is not None
         ),
-        None if weights is None else tuple(w if compiling else w / divisor for w in weights),
+        None if weights is None else tuple([w if compiling else w / divisor for w in weights]),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
         normalize,
@@ -78,6 +80,7 @@ def contrast(
         mask,
         ranked=ranked,
         beta=beta,
+        per_row=per_row or ranked or weights is None,
     )
     if compiling:
         value, terms, hits, ranks = _compiled(call, tau, bias, x, y)

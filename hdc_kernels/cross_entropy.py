@@ -64,8 +64,10 @@ class Options(NamedTuple):
         check_choice("backend", self.backend, Backend)
         check_sample_weights(self.sample_weights, shape, device, views=views)
         check_label_smoothing(self.label_smoothing)
+        if not self.label_smoothing:
+            return
         for option, given in leaving_out.items():
-            if given is not None and self.label_smoothing:
+            if given is not None:
                 raise ValueError(
                     f"label_smoothing is {self.label_smoothing} but {option} leave columns out; it must be 0"
                 )
@@ -96,7 +98,8 @@ class Options(NamedTuple):
         summed = value.dim() == 0
         if excess is not None:
             excess = self.label_smoothing * excess.flatten()
-            terms = terms + excess.detach()
+            if self.return_metrics:
+                terms = terms + excess.detach()
             divisor = count if self.reduction == "mean" else 1
             value = value + (excess.sum() / divisor if summed else excess)
         if not summed:
@@ -144,14 +147,19 @@ def cross_entropy(
         query, key = query.flatten(0, -3), key.flatten(0, -3)
     count = math.prod(query.shape[:-2]) * (query.shape[-2] if queries is None else queries.size)
     summed = options.reduction != "none" and options.sample_weights is None
-    arguments = {
-        "weights": [1.0] if summed else None,
-        "divisor": count if summed and options.reduction == "mean" else 1,
-        "symmetric": symmetric,
-        "ranked": options.return_metrics,
+    found = compare(
+        query,
+        key,
+        mask,
+        queries,
+        keys,
+        weights=[1.0] if summed else None,
+        divisor=count if summed and options.reduction == "mean" else 1,
+        symmetric=symmetric,
+        ranked=options.return_metrics,
+        per_row=options.return_metrics,
         **options.primitive(),
-    }
-    found = compare(query, key, mask, queries, keys, **arguments)
+    )
     excess = None
     if options.label_smoothing:
         x, y = (embeddings(t, normalize=options.normalize) for t in (query, key))

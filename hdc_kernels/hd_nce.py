@@ -125,6 +125,7 @@ def fused_hd_nce(
         "temperature": temperature,
         "normalize": normalize,
         "rows_first": len(spatial),  # every timestep is a problem of its own
+        "per_row": return_metrics,
         "backend": backend,
     }
     across: Rows | None = None
@@ -138,7 +139,6 @@ def fused_hd_nce(
             across,
             pairs,
             divisor=across.size if reduction == "mean" else 1,
-            hits=return_metrics,
             **options,
         )
     sizes = [n * batch for n in steps] + [batch] * len(temporal)

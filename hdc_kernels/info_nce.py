@@ -159,11 +159,11 @@ def fused_info_nce(
     grouped = process_group is not None
     if negatives is not None or not in_batch:
         _check_negatives(negatives, query, symmetric, grouped)
-    for option, given in (("ids", ids), ("false_negatives", false_negatives)):
-        if given is not None and negatives is not None:
-            raise ValueError(
-                f"{option} is given together with negatives, which have none; append them to key instead"
-            )
+        for option, given in (("ids", ids), ("false_negatives", false_negatives)):
+            if given is not None:
+                raise ValueError(
+                    f"{option} is given together with negatives, which have none; append them to key instead"
+                )
     mask = without_false_negatives(
         ids,
         false_negatives,
@@ -202,7 +202,8 @@ def _against(
     options: Options,
 ) -> Contrast:
     """Terms, [B], against private negatives, or against shared ones and no other key."""
-    arguments, ranked = {"weights": None, **options.primitive()}, options.return_metrics
+    ranked = options.return_metrics
+    arguments = {"weights": None, "per_row": ranked, **options.primitive()}
     if negatives.dim() == 3:
         own = torch.cat((key[: len(query)].unsqueeze(1), negatives), 1)
         alone = contrast([(query.unsqueeze(1), own)], ranked=ranked, **arguments)

@@ -21,7 +21,7 @@ ZERO_NORM = 1e-12
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that inputs of `dtype` are computed in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def l2_normalize(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import Function, Implementation
+from hdc_kernels.backends import Function, Implementation, cpu
 
 Found = TypeVar("Found", bound=Callable[..., bool])
 
@@ -53,10 +53,10 @@ def select(
 
     The first `rows_first` pairs have their rows in dimension 0, the others in the last but one.
     """
+    if backend == "auto" and x[0].is_cpu and _has_library():
+        return "cpu"  # before a device is named, which takes longer than all of this
     device, dtype = x[0].device.type, x[0].dtype
     if backend == "auto":
-        if device == "cpu" and _has_library():
-            return "cpu"
         if dtype != torch.float64 and not single_entries and _suits_triton(x[0]):
             return "triton"
         logits = sum(
@@ -153,8 +153,6 @@ def constant(function: Found) -> Found:
 
 @constant
 def _has_library() -> bool:
-    from hdc_kernels.backends import cpu
-
     return cpu.is_available()
 
 

@@ -52,8 +52,7 @@ def problems_of(
 
 def spread(problems: Problems) -> Tensor:
     """The weights, one per row: the upstream gradient that makes `backward` equal `step`."""
-    rows = [x.shape[0] * x.shape[1] for x in problems.x]
-    weights = zip(rows, problems.weights, strict=True)
+    weights = zip(problems.rows, problems.weights, strict=True)
     return torch.cat([torch.full((r,), w, dtype=torch.float64) for r, w in weights])
 
 
@@ -199,13 +198,15 @@ def plainly(problems: Problems) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """`torch.set_num_threads`, undone afterwards."""
-    before = torch.get_num_threads()
+    """`torch.set_num_threads`, undone afterwards, and all at work however little there is to do."""
+    before, least = torch.get_num_threads(), cpu.LEAST_SHARE
     torch.set_num_threads(count)
+    cpu.LEAST_SHARE = 1
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        cpu.LEAST_SHARE = least
 
 
 def has_instructions(name: str) -> bool:

@@ -107,6 +107,31 @@ def test_several_pairs(dtype: torch.dtype, symmetric: bool, normalize: bool, thr
     assert_equals_exact(problems, found[2], bound, upstream)
 
 
+@pytest.mark.parametrize("needs_y", [True, False])
+def test_layouts_of_groups(needs_y: bool) -> None:
+    """Rows first or without groups: the results of [G, rows, D], in the shapes that were given."""
+    shapes: list[Shape] = [(3, 5, 7, 6), (1, 4, 9, 33), (2, 6, 6, 8)]
+    grouped = problems_of(shapes)._replace(needs_y=needs_y)
+    x, y = (
+        (side[0].transpose(0, 1).contiguous(), side[1][0], side[2])
+        for side in (grouped.x, grouped.y)
+    )
+    given = grouped._replace(x=x, y=y, rows_first=1)
+    for same, expected in zip(given.grouped()[:2], grouped[:2], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(same, expected, strict=True))
+    for run in (cpu.step, in_two):
+        terms, gradients = run(given)
+        expected_terms, expected = run(grouped)
+        assert torch.equal(terms.loss, expected_terms.loss)
+        assert len(gradients.y) == (3 if needs_y else 0)
+        for ours, theirs in zip(
+            vectors(gradients), vectors(expected.ungrouped(given)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        for slope, t in zip(gradients.x, x, strict=True):
+            assert slope.shape == t.shape
+
+
 def test_exact_is_the_specification() -> None:
     """The truth that this file measures by is the function that `reference.py` spells out."""
     for symmetric in (False, True):
@@ -354,7 +379,9 @@ def test_threads(dtype: torch.dtype, symmetric: bool) -> None:
 SMALLER_TEAM = """
 import torch
 from hdc_kernels import fused_info_nce
+from hdc_kernels.backends import cpu
 torch.set_num_threads(3)
+cpu.LEAST_SHARE = 1
 x = torch.randn(2, 4, 50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 query, key = x.clone().requires_grad_()
 for query, key in ((x[0], x[1]), (x[0, 0], x[1, 0])):

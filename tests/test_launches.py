@@ -24,8 +24,8 @@ GENERAL_TERMS = {"pack_kernel": 1, "logsumexp_kernel": 1, "terms_kernel": 1, "su
 GENERAL_STEP = {**GENERAL_TERMS, "gradient_kernel": 2, "unpack_kernel": 1, "sum": 2}
 GENERAL_GRADIENT = {"pack_kernel": 1, "weights_kernel": 1, "gradient_kernel": 2, "unpack_kernel": 1}
 SMALL = {"contrast_kernel": 1, "sum": 1}
-SCALE = {"_foreach_mul": 1}  # multi-tensor kernels: one launch for all gradients
-SCALE_TO_HALF = {"_foreach_mul": 1, "_foreach_copy_": 1}
+SCALE = {"_foreach_mul_": 1}  # multi-tensor kernels: one launch for all gradients
+SCALE_TO_HALF = {"_foreach_mul_": 1, "_foreach_copy_": 1}
 
 
 class Operators(TorchDispatchMode):

@@ -406,6 +406,22 @@ def test_several_pairs(function: Function, diagonal: bool) -> None:
         assert_equals_truth(problems, found[1], truth)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_total_alone(function: Function) -> None:
+    """Without anything of the rows, everything else is the same, bit by bit."""
+    for symmetric in (False, True) if function not in ONE_WAY else (False,):
+        shapes: list[Shape] = [(2, 5, 5, 7), (1, 130, 130, 33)]
+        problems = sums_of(function, shapes, symmetric=symmetric, weights=[0.7, -1.3])
+        bare = problems._replace(per_row=False)
+        (terms, gradients), (alone, same) = cpu.step(problems), cpu.step(bare)
+        assert torch.equal(alone.total, terms.total)
+        assert torch.equal(cpu.forward(bare).total, cpu.forward(problems).total)
+        assert not any(t.numel() for t in (alone.loss, alone.hits, alone.lse))
+        for ours, theirs in zip(vectors(same), vectors(gradients), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(same.temperature, gradients.temperature)
+
+
 def plainly(problems: Problems) -> tuple[Tensor, list[Tensor]]:
     """What everyone writes, in the dtype of the inputs: the terms of one pair, and the gradients."""
     x, y = inputs = [t.detach().clone().requires_grad_() for t in embeddings_of(problems)]

@@ -24,6 +24,7 @@ class Shaped:
         self, *shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, torch.device(device)
+        self.is_cpu = device == "cpu"
 
     def numel(self) -> int:
         return self.shape.numel()

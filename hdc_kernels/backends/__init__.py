@@ -43,9 +43,10 @@ EVERYTHING = Mask()
 class Problems(NamedTuple):
     """K pairs of embeddings, each of G_k independent problems; all of one dtype and device.
 
-    Pair k is x[k] of [G_k, M_k, D_k] and y[k] of [G_k, N_k, D_k], of any strides. Logits are cosines (dot
-    products without `normalize`) over the temperature. For "info_nce", row i of x has its positive in row
-    i of y, every other row of y that `mask` lets through is a negative, and N_k ≥ M_k.
+    Pair k is x[k] of [G_k, M_k, D_k] and y[k] of [G_k, N_k, D_k], of any strides; where G_k is 1 it may be missing,
+    and the first `rows_first` pairs are [M_k, G_k, D_k] and [N_k, G_k, D_k]. Logits are cosines (dot products without
+    `normalize`) over the temperature. For "info_nce", row i of x has its positive in row i of y, every other row of y
+    that `mask` lets through is a negative, and N_k ≥ M_k.
 
     Wherever something is kept per row it is flat: [T] with T = Σ_k G_k·M_k, pair after pair, problem
     after problem.
@@ -64,11 +65,29 @@ class Problems(NamedTuple):
     # Whether `Terms.ranks` are asked for, by "info_nce" or where the mask leaves the diagonal out; needs N_k ≥ M_k.
     ranked: bool = False
     beta: float = 1.0  # β > 0, for "tilted"
+    per_row: bool = True  # whether more of `Terms` than the total is asked for; needs weights
+    rows_first: int = 0
 
     @property
     def sums(self) -> int:
         """How many logsumexps there are of every row."""
         return 2 if self.symmetric or self.function == "tilted" else 1
+
+    @property
+    def rows(self) -> list[int]:
+        """G_k · M_k of every pair."""
+        return [x.numel() // x.shape[-1] for x in self.x]
+
+    def grouped(self) -> "Problems":
+        """The same as views, of which all are [G, rows, D]."""
+        x, y = (
+            tuple(
+                t.transpose(0, 1) if k < self.rows_first else t.unsqueeze(0) if t.dim() == 2 else t
+                for k, t in enumerate(side)
+            )
+            for side in (self.x, self.y)
+        )
+        return self._replace(x=x, y=y, rows_first=0)
 
 
 class Terms(NamedTuple):
@@ -82,6 +101,8 @@ class Terms(NamedTuple):
         below; so does "tilted", (1 + β) above and β below. Without a meaning for "softplus".
     ranks: [T] int64, how many of the row's other columns, of those that the mask lets through, the diagonal's logit
         is not above; None unless `ranked`.
+
+    Without `per_row`, loss, hits and lse may be empty.
     """
 
     total: Tensor
@@ -103,6 +124,21 @@ class Gradients(NamedTuple):
     y: tuple[Tensor, ...]
     temperature: Tensor
     bias: Tensor | None = None
+
+    def ungrouped(self, problems: Problems) -> "Gradients":
+        """Those of `problems.grouped()` as those of the problems."""
+        x, y = (
+            tuple(
+                g.transpose(0, 1)
+                if k < problems.rows_first
+                else g.squeeze(0)
+                if t.dim() == 2
+                else g
+                for k, (g, t) in enumerate(zip(gradients, side, strict=False))
+            )
+            for gradients, side in ((self.x, problems.x), (self.y, problems.y))
+        )
+        return self._replace(x=x, y=y)
 
 
 class Implementation(Protocol):

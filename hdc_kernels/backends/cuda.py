@@ -73,24 +73,25 @@ def forward(problems: Problems) -> Terms:
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """See `hdc_kernels.backends`; raises RuntimeError with CUDA's own words if a launch fails."""
-    problems = _readable(problems)
+    given, problems = problems, _readable(problems)
     gradients = _empty_gradients(problems)
     terms = Terms(lse, lse, lse, lse)  # only lse is read
     _call(_BACKWARD, problems, terms, gradients, upstream.contiguous())
-    return gradients
+    return gradients.ungrouped(given)
 
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
     """See `hdc_kernels.backends`; raises RuntimeError with CUDA's own words if a launch fails."""
-    problems = _readable(problems)
+    given, problems = problems, _readable(problems)
     terms = _empty_terms(problems)
     gradients = _empty_gradients(problems, terms.loss.dtype)
     _call(_STEP, problems, terms, gradients, None)
-    return terms, gradients
+    return terms, gradients.ungrouped(given)
 
 
 def _readable(problems: Problems) -> Problems:
     """Rows without gaps, and a temperature that the device reads by itself."""
+    problems = problems.grouped()
     x, y = (
         tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         for tensors in (problems.x, problems.y)

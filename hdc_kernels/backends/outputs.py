@@ -20,9 +20,14 @@ class Rows(NamedTuple):
     lse: Tensor  # [1 or 2, T]
 
 
+NO_ROWS = Rows(
+    torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty((0, 0), dtype=LSE_DTYPE)
+)
+
+
 def empty_rows(problems: Problems) -> Rows:
     """For every row of every problem."""
-    rows = sum(x.shape[0] * x.shape[1] for x in problems.x)
+    rows = sum(problems.rows)
     device, dtype = problems.x[0].device, reference.compute_dtype(problems.x[0].dtype)
     return Rows(
         torch.empty(rows, dtype=dtype, device=device),
@@ -35,4 +40,4 @@ def empty_gradients(
     embeddings: tuple[Tensor, ...], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """Laid out as the embeddings are, and of their dtype if none is given."""
-    return tuple(torch.empty_like(embedding, dtype=dtype) for embedding in embeddings)
+    return tuple([torch.empty_like(embedding, dtype=dtype) for embedding in embeddings])

@@ -19,8 +19,9 @@ CHUNK = 2**22  # logits held at a time: 16 MiB in float32
 def terms(problems: Problems, *, chunked: bool = False) -> tuple[Tensor, Tensor]:
     """Every row's term and hit, [T] each, as `hdc_kernels.backends.Terms` has them."""
     evaluate = _in_chunks if chunked else _whole
-    sizes = [x.shape[0] * x.shape[1] for x in problems.x]
-    biases = [None] * len(sizes) if problems.bias is None else problems.bias.split(sizes)
+    problems = problems.grouped()
+    count = len(problems.x)
+    biases = [None] * count if problems.bias is None else problems.bias.split(problems.rows)
     pairs = zip(problems.x, problems.y, biases, strict=True)
     results = [evaluate(x, y, bias, problems) for x, y, bias in pairs]
     if len(results) == 1:
@@ -33,7 +34,7 @@ def total(problems: Problems, loss: Tensor) -> Tensor:
     """Σ_k weights[k] · Σ terms of pair k."""
     if len(problems.x) == 1:
         return loss.sum() * problems.weights[0]
-    pairs = loss.split([x.shape[0] * x.shape[1] for x in problems.x])
+    pairs = loss.split(problems.rows)
     sums = zip(problems.weights, pairs, strict=True)
     return torch.stack([weight * pair.sum() for weight, pair in sums]).sum()
 
@@ -50,8 +51,8 @@ def rivals(problems: Problems, positive: Tensor | None = None) -> tuple[Tensor, 
 
     The positive is on the diagonal, and then among these columns, unless its logit is given.
     """
-    sizes = [x.shape[0] * x.shape[1] for x in problems.x]
-    given = [None] * len(sizes) if positive is None else positive.split(sizes)
+    problems = problems.grouped()
+    given = [None] * len(problems.x) if positive is None else positive.split(problems.rows)
     counts, positives = [], []
     for x, y, its in zip(problems.x, problems.y, given, strict=True):
         rows = max(1, CHUNK // (y.shape[0] * y.shape[1]))

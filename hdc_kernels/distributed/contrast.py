@@ -26,13 +26,12 @@ def contrast_across(
     rows_first: int = 0,
     mask: Mask = EVERYTHING,
     ranked: bool = False,
-    hits: bool = False,
+    per_row: bool = True,
     **options: Any,
 ) -> Contrast:
     """`contrast` of each x [own, ..., D] with the y [own, ..., D] of all ranks: this rank's terms and its share.
 
-    The ids of `mask`, of this rank's x and y, are compared across all ranks. Hits are right only if `hits` or ranks
-    are asked for.
+    The ids of `mask`, of this rank's x and y, are compared across all ranks.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     sides = [(x, y, keys, mask_across(keys, mask))]
@@ -40,7 +39,7 @@ def contrast_across(
         back = mask if mask.ids is None else mask._replace(ids=mask.ids[::-1])
         sides.append((y, x, queries, mask_across(queries, back)))
     if keys.prefers_ring(*(t for side in sides for t in side[1])):
-        return _around(sides, weights, divisor, rows_first, ranked or hits, options)
+        return _around(sides, weights, divisor, rows_first, ranked or per_row, options)
     found = [
         contrast(
             list(zip(own, columns.gather(*others), strict=True)),
@@ -49,6 +48,7 @@ def contrast_across(
             rows_first=rows_first,
             mask=mask,
             ranked=ranked and k == 0,
+            per_row=per_row,
             **options,
         )
         for k, (own, others, columns, mask) in enumerate(sides)

@@ -48,12 +48,12 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
 def _backward(problems: Problems, lse: Tensor, upstream: Tensor, dtype: torch.dtype) -> Gradients:
     if problems.function == "tilted":
         return tilted.backward(problems, lse, upstream, _backward, dtype)
-    problems = _readable(problems)
+    given, problems = problems, _readable(problems)
     dx, dy = (empty_gradients(tensors, dtype) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
     rows = empty_rows(problems)._replace(lse=lse)
     _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy, d_bias)
-    return Gradients(dx, dy, d_temperature, d_bias)
+    return Gradients(dx, dy, d_temperature, d_bias).ungrouped(given)
 
 
 def step(problems: Problems) -> tuple[Terms, Gradients]:
@@ -61,17 +61,17 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     if problems.function == "tilted":
         terms = forward(problems)
         weights = [
-            terms.loss.new_full((x.shape[0] * x.shape[1],), weight)
-            for x, weight in zip(problems.x, problems.weights, strict=True)
+            terms.loss.new_full((rows,), weight)
+            for rows, weight in zip(problems.rows, problems.weights, strict=True)
         ]
         return terms, _backward(problems, terms.lse, torch.cat(weights), terms.loss.dtype)
-    problems = _readable(problems)
+    given, problems = problems, _readable(problems)
     rows = empty_rows(problems)
     dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
     total, d_temperature = _launch(problems, rows, None, dx, dy, d_bias)
     terms = Terms(total, *rows, _ranks(problems))
-    return terms, Gradients(dx, dy, d_temperature, d_bias)
+    return terms, Gradients(dx, dy, d_temperature, d_bias).ungrouped(given)
 
 
 def _ranks(problems: Problems) -> Tensor | None:
@@ -97,6 +97,7 @@ def _readable(problems: Problems) -> Problems:
             f"backend 'triton' needs tensors on a GPU, not on {device}; use backend='auto', or set "
             "TRITON_INTERPRET=1 before the first import to run its interpreter"
         )
+    problems = problems.grouped()
     x, y = (
         tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         for tensors in (problems.x, problems.y)
