@@ -160,10 +160,14 @@ ONE_WAY = "softplus", "tilted"  # never symmetric
 
 
 @pytest.mark.parametrize(("function", "mask"), FUNCTIONS)
-@pytest.mark.parametrize("shape", [(2, 19, 35, 17), (1, 35, 19, 17)])
 @pytest.mark.parametrize(
-    ("dtype", "learned"),
-    [("float32", False), ("float32", True), ("bfloat16", False), ("float16", True)],
+    ("dtype", "learned", "shape"),
+    [
+        ("float32", False, (2, 19, 35, 17)),
+        ("float32", True, (1, 35, 19, 17)),
+        ("bfloat16", False, (1, 35, 19, 17)),
+        ("float16", True, (2, 19, 35, 17)),
+    ],
 )
 def test_functions_and_masks(dtype, learned, shape, function, mask):
     if function == "info_nce":
