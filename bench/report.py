@@ -294,6 +294,7 @@ def _why_not(found: dict[str, Any]) -> str:
 
 def time(seconds: float) -> str:
     """Three digits and a unit."""
+    seconds = float(f"{seconds:.3g}")  # 999.6 ms are 1 s
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"

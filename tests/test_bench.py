@@ -111,3 +111,10 @@ def test_figures_and_tables(stored: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "| InfoNCE, B = 64 |" in text
     assert other.read_text() == "no markers"
     assert "linear_cross_entropy" in report.markdown(result, whole=True)
+
+
+def test_times_have_three_digits_and_the_unit_of_what_is_shown() -> None:
+    import report
+
+    times = [report.time(t) for t in (9.996e-4, 0.0123456, 0.9996, 1.5, 1234.4)]
+    assert times == ["1 ms", "12.3 ms", "1 s", "1.5 s", "1230 s"]
