@@ -496,7 +496,7 @@ def sound_operators(rank: int, world_size: int) -> None:
     x, y = (randn(3, 1, WIDTH, seed=2 * rank + k).requires_grad_() for k in range(2))
     ids = torch.arange(3 * world_size) % 4
     tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
     rows = Rows(Ranks(dist.group.WORLD), (3,) * world_size)
     mask = Mask(diagonal=True, ids=(ids[3 * rank :][None, :3], ids[None]))
     call = Call("cpu", None, 0.0, False, True, 1, 1, "logsumexp", mask)
@@ -512,7 +512,7 @@ def sound_operators(rank: int, world_size: int) -> None:
         for name in ("ring_sums", "ring_gradients", "ring_label_sums", "ring_label_gradient"):
             patch.setattr(operators, name, checked(getattr(operators, name)))
         operators.sums(call, rows, tau, None, [x], [y])[0].sum().backward()
-        softplus = call._replace(function="softplus", ranked=True)
+        softplus = call._replace(function="softplus")
         operators.sums(softplus, rows, tau, bias, [x], [y])[0].sum().backward()
         operators.label_sums(y[:, 0], ids, ids[3 * rank :][:3], rows).sum().backward()
 
