@@ -45,6 +45,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 ARCHITECTURES = "sm_80 sm_86 sm_89 sm_90a compute_100"  # of which nvcc may not know all
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC"]
 
+# `depends` puts the headers into source distributions; what to compile again, ninja finds out from the compilers.
 CPU = Extension(
     "hdc_kernels.backends.libhdc_cpu",
     sources=["csrc/contrast.cpp", "csrc/contrast_isa.cpp"],

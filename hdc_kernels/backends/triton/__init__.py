@@ -11,8 +11,9 @@ Launches of a loss with one run of pairs, as `tests/test_launches.py` counts the
     `general`    sum or mean              8             1, with 16-bit inputs 2
                  a term per row           4             6
 
-Among them are PyTorch's: one sum over what programs leave (`general` takes two where it makes gradients), and
-`call.scale`, which is all of the backward pass where the forward pass has made the gradients.
+Among them are PyTorch's: one sum over what programs leave (`general` takes two where it makes gradients), and the
+product with the upstream gradient and `call.in_dtype`, which are all of the backward pass where the forward pass has
+made the gradients.
 """
 
 from contextlib import nullcontext
