@@ -15,6 +15,7 @@ from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
 from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import Unreadable, loop
+from hdc.data.crashes import items
 from hdc.data.manifest import Manifest, Part
 from hdc.data.packed import find_pack
 from hdc.data.video import Frames
@@ -94,7 +95,7 @@ def readable_videos(
     loader = DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers)
 
     def videos() -> Iterator[tuple[int, Frames]]:
-        for row, video in zip(rows, loader, strict=True):
+        for row, video in zip(rows, items(loader), strict=True):
             if isinstance(video, Unreadable):
                 warn(f"skipped {video.path}: {video.reason}")
                 unreadable[row] = video

@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from hdc import atomic, checkpoint, distributed, environment
 from hdc.config import TrainConfig, plain
 from hdc.data.clips import Batch, TrainingClips, Unreadable, training_loader
+from hdc.data.crashes import items
 from hdc.device import decoding_workers
 from hdc.errors import InputError
 from hdc.journal import Journal
@@ -137,7 +138,7 @@ def train(
     model.train()
     with ProgressBar(kind, total, step) as bar, dataset.readers.name_crashes():
         clips_done, since = 0, time.perf_counter()
-        for batch in loader:
+        for batch in items(loader):
             share, skipped = _share(batch)
             for entry in skipped:
                 if entry.path not in unreadable:

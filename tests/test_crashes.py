@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ def start(dataset: TrainingClips, workers: int) -> DataLoader[Batch]:
 
 def run(loader: DataLoader[Batch]) -> None:
     with loader.dataset.readers.name_crashes():  # type: ignore[attr-defined]
-        for _ in loader:
+        for _ in crashes.items(loader):
             pass
 
 
@@ -84,6 +84,34 @@ def test_the_video_is_named(end: str, numbered: Manifest, monkeypatch: pytest.Mo
         f"a decoding process {cause} while it read {folder / '5.avi'}; if memory ran out, "
         f"lower --workers, if not, take the video out of {numbered.source}"
     )
+
+
+def test_its_end_is_reported_whenever(numbered: Manifest) -> None:
+    """The pipe broke; PyTorch's signal comes before that is noticed, in the middle of it, or after."""
+    readers = Readers(numbered, 1)
+    readers.at[0] = torch.tensor([os.getpid(), 5])
+
+    def report(signum: int, frame: object) -> None:
+        raise RuntimeError(
+            f"DataLoader worker (pid {os.getpid()}) exited unexpectedly with exit code 3"
+        )
+
+    def broken(seconds: float) -> Iterator[None]:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        raise ConnectionResetError("Connection reset by peer")
+        yield
+
+    before = signal.signal(signal.SIGALRM, report)
+    try:
+        for microseconds in range(1, 200):
+            with (
+                pytest.raises(InputError, match=r"exit code 3 while it read [^;]*/5\.avi; "),
+                readers.name_crashes(),
+            ):
+                for _ in crashes.items(broken(microseconds * 1e-6)):
+                    pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_one_of_several(numbered: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +129,7 @@ def test_between_two_videos(numbered: Manifest) -> None:
         loader = start(dataset, 1)
         before = set(torch.multiprocessing.active_children())
         with dataset.readers.name_crashes():
-            batches = iter(loader)
+            batches = crashes.items(loader)
             next(batches)
             (worker,) = set(torch.multiprocessing.active_children()) - before
             assert worker.pid

@@ -3,8 +3,9 @@
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch.utils.data import get_worker_info
@@ -19,6 +20,21 @@ DEAD = re.compile(
 )
 NO_ROOM = "unable to allocate shared memory"
 SECONDS_TO_DIE = 2.0
+
+Item = TypeVar("Item")
+
+
+def items(loader: Iterable[Item]) -> Iterator[Item]:
+    """A loader's items; when its pipe breaks, PyTorch has a moment to say of which process's end.
+
+    It says so from a signal handler, which raises wherever the program then is. That is to be in here: in the
+    middle of handling the broken pipe, nobody would catch it.
+    """
+    try:
+        yield from loader
+    except (EOFError, OSError):
+        time.sleep(SECONDS_TO_DIE)
+        raise
 
 
 class Readers:
@@ -44,7 +60,7 @@ class Readers:
 
     @contextmanager
     def name_crashes(self) -> Iterator[None]:
-        """Around the loop over the loader, as PyTorch raises wherever that happens to be.
+        """Around the loop over `items` of the loader, as PyTorch raises wherever that happens to be.
 
         Raises:
             InputError: a decoding process died (it names the video that the process was at), or found no
@@ -52,15 +68,14 @@ class Readers:
         """
         try:
             yield
-        except (RuntimeError, EOFError, OSError) as error:
+        except RuntimeError as error:
             if NO_ROOM in str(error):
                 raise InputError(
                     "/dev/shm is full, where decoding processes put their batches; lower --workers or "
                     "--batch_size, or make it larger (of a container: --shm-size)"
                 ) from error
-            # The cause, if there is one, knows the signal. Anything but a RuntimeError may be a broken pipe.
-            news = "" if isinstance(error, RuntimeError) else _news()
-            found = DEAD.search(f"{error.__cause__} {error} {news}")
+            # The cause, if there is one, knows the signal.
+            found = DEAD.search(f"{error.__cause__} {error}")
             if not found:
                 raise
             dead = [int(number) for number in found[1].split(",")]
@@ -72,12 +87,3 @@ class Readers:
                 f"a decoding process {cause} {where}; if memory ran out, lower --workers"
                 + (f", if not, take the video out of {self.manifest.source}" if files else "")
             ) from error
-
-
-def _news() -> str:
-    """What PyTorch says of a process a moment later: its pipe breaks before its end is reported."""
-    try:
-        time.sleep(SECONDS_TO_DIE)
-    except RuntimeError as error:
-        return str(error)
-    return ""

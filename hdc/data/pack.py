@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from hdc.data.clips import Unreadable
+from hdc.data.crashes import items
 from hdc.data.manifest import manifest_file, read_manifest
 from hdc.data.packed import Pack, gigabytes
 from hdc.data.video import Frames
@@ -67,7 +68,7 @@ def pack(
     def videos() -> Iterator[tuple[Path, Frames]]:
         nonlocal done
         with dataset.readers.name_crashes():
-            for row, video in zip(rows, loader, strict=True):
+            for row, video in zip(rows, items(loader), strict=True):
                 if isinstance(video, Unreadable):
                     raise InputError(f"{video.path}: {video.reason}; prepare it again")
                 done += 1
