@@ -412,7 +412,7 @@ def test_the_total_alone(function: Function) -> None:
     for symmetric in (False, True) if function not in ONE_WAY else (False,):
         shapes: list[Shape] = [(2, 5, 5, 7), (1, 130, 130, 33)]
         problems = sums_of(function, shapes, symmetric=symmetric, weights=[0.7, -1.3])
-        bare = problems._replace(per_row=False)
+        bare = problems._replace(detail="total")
         (terms, gradients), (alone, same) = cpu.step(problems), cpu.step(bare)
         assert torch.equal(alone.total, terms.total)
         assert torch.equal(cpu.forward(bare).total, cpu.forward(problems).total)
@@ -980,7 +980,9 @@ def test_operators_are_sound(function: Function, symmetric: bool) -> None:
         selected = (*(mask.ids or (None, None)), mask.left_out)
         rest = (0.0, symmetric, True, 0, "cpu", function, mask.diagonal, mask.same, False, 0.7)
         operators = torch.ops.hdc_kernels
-        torch.library.opcheck(operators.contrast_total, (x, y, tau, bias, *selected, [0.5], *rest))
+        torch.library.opcheck(
+            operators.contrast_total, (x, y, tau, bias, *selected, [0.5], "rows", *rest)
+        )
         torch.library.opcheck(operators.contrast_terms, (x, y, tau, bias, *selected, *rest))
         with torch.no_grad():
             terms, _, _, lse = operators.contrast_terms(x, y, tau, bias, *selected, *rest)
