@@ -10,15 +10,7 @@ from functools import partial
 import gpu_problems
 import pytest
 import torch
-from gpu_problems import (
-    DEVICE,
-    GPU,
-    error,
-    errors,
-    evaluate,
-    exact,
-    make,
-)
+from gpu_problems import DEVICE, GPU, error, errors, evaluate, exact, make
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Problems
