@@ -19,24 +19,27 @@ MASK = 3  # tensors: `Call.without_tensors`
 
 def value(
     call: Call, tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Value (which has gradients), terms, hits and, if they are asked for, ranks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Value (which has gradients), terms, hits and, if they are asked for, ranks and means."""
     # Under torch.func, results travel by `setup_context`, which costs 15 µs more a call.
     if torch._C._are_functorch_transforms_active():
         bare, mask = call.without_tensors()
         shown = TransformedValue.apply(bare, *mask, tau, bias, *xy)[: -_made(call, bias)]
-        shown = shown if call.per_row else shown[0]
+        shown = shown[0] if call.detail == "total" else shown
     else:
         shown = Value.apply(call, tau, bias, *xy)
-    if not call.per_row:
-        return shown, NO_ROWS.loss, NO_ROWS.hits, None
+    if call.detail == "total":
+        return shown, NO_ROWS.loss, NO_ROWS.hits, None, None
+    if call.detail == "means":
+        result, means = shown
+        return result, NO_ROWS.loss, NO_ROWS.hits, None, means
     result, hits, *rest = shown
     terms = result.detach() if call.weights is None else rest.pop(0)
-    return result, terms, hits, rest[0] if rest else None
+    return result, terms, hits, rest[0] if rest else None, None
 
 
 class Value(torch.autograd.Function):
-    """(call, τ or None, bias or None, *x, *y) -> value, if rows are asked for hits, with weights terms, any ranks."""
+    """(call, τ or None, bias or None, *x, *y) -> what `_evaluate` shows."""
 
     @staticmethod
     def forward(
@@ -48,7 +51,7 @@ class Value(torch.autograd.Function):
         ctx.call, mask = call.without_tensors()
         ctx.save_for_backward(*mask, tau, bias, *xy)
         ctx.set_materialize_grads(False)
-        if not call.per_row:
+        if call.detail == "total":
             return shown[0]
         ctx.mark_non_differentiable(*shown[1:])
         return shown
@@ -165,14 +168,19 @@ class Gradient(torch.autograd.Function):
 def _evaluate(
     call: Call, tau: Tensor | None, bias: Tensor | None, xy: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
-    """What `Value` shows, and what it keeps for `_gradient`: the total's gradients, or logsumexps."""
+    """What is to be shown, and what is kept for `_gradient`: the total's gradients, or logsumexps.
+
+    Shown is the value; beside it means, or hits, with weights terms, and any ranks.
+    """
     x, y = xy[: call.pairs], xy[call.pairs :]
     if call.weights is None:
         result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
         return (result.loss, result.hits, *_counted(result)), [result.lse]
     terms, made = call.step(tau, bias, x, y)
-    if not call.per_row:
+    if call.detail == "total":
         return (terms.total,), made
+    if terms.means is not None:
+        return (terms.total, terms.means), made
     return (terms.total, terms.hits, terms.loss, *_counted(terms)), made
 
 

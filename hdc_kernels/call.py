@@ -6,7 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import EVERYTHING, Function, Gradients, Mask, Problems, Terms, plain
+from hdc_kernels.backends import (
+    EVERYTHING,
+    Detail,
+    Function,
+    Gradients,
+    Mask,
+    Problems,
+    Terms,
+    plain,
+)
 from hdc_kernels.selection import implementation
 
 
@@ -25,7 +34,7 @@ class Call(NamedTuple):
     needs_y: bool = True
     ranked: bool = False
     beta: float = 1.0
-    per_row: bool = True
+    detail: Detail = "rows"
 
     def without_tensors(self) -> tuple["Call", tuple[Tensor | None, ...]]:
         """Itself but for the tensors of its mask, and these."""
@@ -61,7 +70,7 @@ class Call(NamedTuple):
             self.needs_y,
             self.ranked,
             self.beta,
-            self.per_row,
+            self.detail,
             self.rows_first,
         )
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import autograd, operators, reference
-from hdc_kernels.backends import EVERYTHING, Function, Mask, plain
+from hdc_kernels.backends import EVERYTHING, Detail, Function, Mask, plain
+from hdc_kernels.backends.outputs import means_of
 from hdc_kernels.call import Call
 from hdc_kernels.selection import PLAIN, implementation, select
 
@@ -22,13 +23,14 @@ Pair = tuple[Tensor, Tensor]
 class Contrast(NamedTuple):
     """`value` has gradients: Σ_k weights[k] · Σ terms_k / divisor, or without weights the terms. The rest has none.
 
-    All are flat, [T], pair after pair, but for the total, which has no dimension.
+    All are flat, [T], pair after pair, but for the total, which has no dimension, and the means.
     """
 
     value: Tensor
     terms: Tensor
     hits: Tensor
     ranks: Tensor | None = None  # unless `ranked`
+    means: Tensor | None = None  # see `Terms`; unless `detail` is "means"
 
 
 def contrast(
@@ -45,7 +47,7 @@ def contrast(
     bias: Tensor | None = None,
     ranked: bool = False,
     beta: float = 1.0,
-    per_row: bool = True,
+    detail: Detail = "rows",
     backend: str = "auto",
 ) -> Contrast:
     """The term of every row of every pair: x [(G,) M, D] with y [(G,) N, D]; see `Problems`.
@@ -54,7 +56,7 @@ def contrast(
     that the backward pass costs next to nothing. Without, it is the terms, and any upstream gradient will do.
     The first `rows_first` pairs are [M, G, D] and [N, G, D] instead, batches of timesteps for example.
     What depends on the batch size goes into `divisor`: a compiled graph then serves every batch size.
-    Without `per_row`, which needs weights, terms and hits may be empty.
+    Unless `detail` is "rows", terms and hits of a total may be empty.
     No rows at all, as a rank may have among others, have no terms, whose gradients are 0.
     """
     x, y = zip(*pairs, strict=True)
@@ -62,7 +64,8 @@ def contrast(
     if not any(t.numel() for t in x):
         nothing = _no_terms(*x, *y, tau, bias)
         value = nothing if weights is None else nothing.sum()
-        return Contrast(value, nothing.detach(), nothing.bool(), nothing.long() if ranked else None)
+        ranks, means = nothing.long() if ranked else None, nothing.new_full((2, len(x)), torch.nan)
+        return Contrast(value, nothing.detach(), nothing.bool(), ranks, means)
     if mask is not EVERYTHING:
         _check_mask(mask, x, y)
     compiling = torch.compiler.is_compiling()
@@ -80,19 +83,18 @@ def contrast(
         mask,
         ranked=ranked,
         beta=beta,
-        per_row=per_row or ranked or weights is None,
+        detail="rows" if ranked or weights is None else detail,
     )
     if compiling:
-        value, terms, hits, ranks = _compiled(call, tau, bias, x, y)
-        value = value if weights is None else value / divisor
-        return Contrast(value, terms.detach(), hits, ranks if ranked else None)
+        found = _compiled(call, tau, bias, x, y)
+        return found if weights is None else found._replace(value=found.value / divisor)
     if call.backend in PLAIN:
         return _plain(call, tau, bias, x, y)
     if _differentiable(tau, bias, x, y):
         return Contrast(*autograd.value(call, tau, bias, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     value = result.loss if weights is None else result.total
-    return Contrast(value, result.loss, result.hits, result.ranks)
+    return Contrast(value, *result[1:3], *result[4:])
 
 
 def _check_mask(mask: Mask, x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:
@@ -122,8 +124,9 @@ def _plain(
     y: tuple[Tensor, ...],
 ) -> Contrast:
     value, terms, hits = call.plain(tau, bias, x, y)
-    ranks = plain.ranks(call.problems(tau, bias, x, y)) if call.ranked else None
-    return Contrast(value, terms.detach(), hits, ranks)
+    terms, problems = terms.detach(), call.problems(tau, bias, x, y)
+    means = means_of(terms, hits, problems.rows) if call.detail == "means" else None
+    return Contrast(value, terms, hits, plain.ranks(problems) if call.ranked else None, means)
 
 
 def _compiled(
@@ -132,19 +135,22 @@ def _compiled(
     bias: Tensor | None,
     x: tuple[Tensor, ...],
     y: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Value, terms, hits and ranks in operators that the compiler knows."""
+) -> Contrast:
+    """In operators that the compiler knows, but for the divisor."""
     if call.backend in PLAIN:
         return _plain(call, tau, bias, x, y)
     tensors = operators.inputs_of(call, tau, bias, x, y)
     options = operators.options_of(call)
     if call.weights is not None and _differentiable(tau, bias, x, y):
-        total, terms, hits, ranks, _ = operators.contrast_total(*tensors, call.weights, *options)
-        return total, terms, hits, ranks
-    terms, hits, ranks, _ = operators.contrast_terms(*tensors, *options)
-    if call.weights is None:
-        return terms, terms, hits, ranks
-    return plain.total(call.problems(tau, bias, x, y), terms), terms, hits, ranks
+        total, means, terms, hits, ranks, _ = operators.contrast_total(
+            *tensors, call.weights, call.detail, *options
+        )
+        return Contrast(total, terms, hits, ranks if call.ranked else None, means)
+    value, hits, ranks, _ = operators.contrast_terms(*tensors, *options)
+    terms, problems = value.detach(), call.problems(tau, bias, x, y)
+    means = means_of(terms, hits, problems.rows) if call.detail == "means" else None
+    value = value if call.weights is None else plain.total(problems, value)
+    return Contrast(value, terms, hits, ranks if call.ranked else None, means)
 
 
 def _differentiable(

@@ -157,7 +157,7 @@ def cross_entropy(
         divisor=count if summed and options.reduction == "mean" else 1,
         symmetric=symmetric,
         ranked=options.return_metrics,
-        per_row=options.return_metrics,
+        detail="rows" if options.return_metrics else "total",
         **options.primitive(),
     )
     excess = None

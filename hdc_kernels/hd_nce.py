@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from hdc_kernels.backends.outputs import means_of
 from hdc_kernels.checks import (
     Backend,
     Reduction,
@@ -125,23 +126,23 @@ def fused_hd_nce(
         "temperature": temperature,
         "normalize": normalize,
         "rows_first": len(spatial),  # every timestep is a problem of its own
-        "per_row": return_metrics,
+        "detail": "means" if return_metrics else "total",
         "backend": backend,
     }
     across: Rows | None = None
     if process_group is None:
         divisor = batch if reduction == "mean" else 1
-        value, terms, hits, _ = contrast(pairs, divisor=divisor, **options)
+        found = contrast(pairs, divisor=divisor, **options)
     else:
         (across,) = meet(process_group, pairs[0][0].device, batch)
-        value, terms, hits, _ = contrast_across(
+        found = contrast_across(
             across,
             across,
             pairs,
             divisor=across.size if reduction == "mean" else 1,
             **options,
         )
-    sizes = [n * batch for n in steps] + [batch] * len(temporal)
+    value, sizes = found.value, [n * batch for n in steps] + [batch] * len(temporal)
     if not summed:
         by_pair = zip(weights, [*steps, *([1] * len(temporal))], value.split(sizes), strict=True)
         value = torch.stack([w * loss.view(n, batch).sum(0) for w, n, loss in by_pair]).sum(0)
@@ -150,9 +151,8 @@ def fused_hd_nce(
         value = across.total(value)
     if not return_metrics:
         return value
-    losses = torch.stack([loss.mean() for loss in terms.float().split(sizes)])
-    accuracies = torch.stack([hit.mean() for hit in hits.float().split(sizes)])
-    scales = len(spatial)
+    means = means_of(found.terms, found.hits, sizes) if found.means is None else found.means
+    (losses, accuracies), scales = means.float(), len(spatial)
     return value, HDNCEMetrics(
         losses[:scales], accuracies[:scales], losses[scales:], accuracies[scales:]
     )

@@ -203,7 +203,7 @@ def _against(
 ) -> Contrast:
     """Terms, [B], against private negatives, or against shared ones and no other key."""
     ranked = options.return_metrics
-    arguments = {"weights": None, "per_row": ranked, **options.primitive()}
+    arguments = {"weights": None, **options.primitive()}
     if negatives.dim() == 3:
         own = torch.cat((key[: len(query)].unsqueeze(1), negatives), 1)
         alone = contrast([(query.unsqueeze(1), own)], ranked=ranked, **arguments)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Mask, Terms
+from hdc_kernels.backends import Detail, Mask, Terms
 from hdc_kernels.call import Call, in_dtype, temperature_gradient
 from hdc_kernels.selection import implementation
 
@@ -27,7 +27,8 @@ OPTIONS = (
 @torch.library.custom_op(
     "hdc_kernels::contrast_total",
     mutates_args=(),
-    schema=f"({INPUTS}, float[] weights, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({INPUTS}, float[] weights, str detail, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 def contrast_total(
     x: Sequence[Tensor],
@@ -38,33 +39,53 @@ def contrast_total(
     y_ids: Tensor | None,
     left_out: Tensor | None,
     weights: Sequence[float],
+    detail: Detail,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Total, terms, hits, ranks, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in."""
-    call = make_call(len(x), weights, x_ids, y_ids, left_out, options)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Total, means, terms, hits, ranks, and its gradients (dτ, dbias if any, *dx, *dy) in the dtype it is computed in.
+
+    What `detail` does not ask for is empty.
+    """
+    call = make_call(len(x), weights, x_ids, y_ids, left_out, options)._replace(detail=detail)
     terms, made = call.step(tau, bias, x, y)
-    return terms.total, terms.loss, terms.hits, _ranks(terms), made
+    total = terms.total
+    means = total.new_empty(2, 0) if terms.means is None else terms.means
+    if detail == "rows":
+        return total, means, terms.loss, terms.hits, _ranks(terms), made
+    no_hits = total.new_empty(0, dtype=torch.bool)
+    return total, means, total.new_empty(0), no_hits, _ranks(terms), made
 
 
 @contrast_total.register_fake
 def _(
-    x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    tau: Tensor | None,
+    bias: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    left_out: Tensor | None,
+    weights: Sequence[float],
+    detail: Detail,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = reference.compute_dtype(x[0].dtype)
-    terms, hits = flat(x, dtype, x[0]), flat(x, torch.bool, x[0])
-    ranked = rest[-2]  # see OPTIONS
+    rows = x if detail == "rows" else []
+    terms, hits = flat(rows, dtype, x[0]), flat(rows, torch.bool, x[0])
+    ranked = options[-2]  # see OPTIONS
     ranks = flat(x if ranked else [], torch.int64, x[0])
     scalar = x[0].new_empty((), dtype=dtype)
+    means = scalar.new_empty(2, len(x) if detail == "means" else 0)
     made = [torch.empty_like(t, dtype=dtype) for t in (*x, *y)]
-    return scalar, terms, hits, ranks, [*scalars(scalar, bias), *made]
+    return scalar, means, terms, hits, ranks, [*scalars(scalar, bias), *made]
 
 
 def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, y, ctx.tau, ctx.bias, *_ = inputs
-    _, terms, hits, ranks, made = output
+    _, means, terms, hits, ranks, made = output
     ctx.pairs = len(x)
     ctx.save_for_backward(*x, *y, *made)
-    ctx.mark_non_differentiable(terms, hits, ranks, *made)
+    ctx.mark_non_differentiable(means, terms, hits, ranks, *made)
     ctx.set_materialize_grads(False)
 
 
@@ -182,10 +203,10 @@ def contrast_gradient(
 
 
 @contrast_gradient.register_fake
-def empty_gradients(
+def fake_gradients(
     x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
 ) -> list[Tensor]:
-    """Room for (dτ, dbias if any, *dx, *dy)."""
+    """(dτ, dbias if any, *dx, *dy) without their numbers: what tracing sees of an operator that makes them."""
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
     return [*scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
 
@@ -248,7 +269,7 @@ def flat(x: Sequence[Tensor], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 def _ranks(terms: Terms) -> Tensor:
     """An operator returns tensors only: an empty one if they were not asked for."""
-    return terms.hits.new_empty(0, dtype=torch.int64) if terms.ranks is None else terms.ranks
+    return terms.total.new_empty(0, dtype=torch.int64) if terms.ranks is None else terms.ranks
 
 
 def scalars(d_tau: Tensor, bias: Tensor | None) -> list[Tensor]:

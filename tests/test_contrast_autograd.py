@@ -1,6 +1,7 @@
 """`contrast` under autograd and torch.func: derivatives of every order, hooks, autocast, in-place changes."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,41 @@ def test_gradcheck(weights: tuple[float, ...] | None, backend: str, symmetric: b
 
     assert torch.autograd.gradcheck(value, (tau, *inputs))
     assert torch.autograd.gradgradcheck(value, (tau, *inputs))
+
+
+@pytest.mark.parametrize(
+    "backend", ["cpu", "torch"]
+)  # torch.func has no checkpoints, nor then "chunked"
+def test_details(backend: str) -> None:
+    """What is asked for beside the total changes neither it nor its gradients; means are those of the rows."""
+    inputs = leaves((2, 3, 2), (2, 3, 2), (2, 4), (4, 4))
+    options: dict[str, Any] = {"weights": (0.7, -1.2), "temperature": 0.6, "backend": backend}
+
+    def total(detail: str, *xy: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found = contrast([(xy[0], xy[1]), (xy[2], xy[3])], detail=detail, **options)
+        return found.value, [] if found.means is None else [found.means]
+
+    rows = contrast([inputs[:2], inputs[2:]], **options)
+    slopes = torch.autograd.grad(rows.value, inputs)
+    of_rows = torch.stack([rows.terms, rows.hits.double()]).split([6, 2], 1)
+    expected = torch.stack([pair.mean(1) for pair in of_rows], 1)
+    whole = torch.compile(total, fullgraph=True)
+    for detail in ("total", "means"):
+        alone = partial(total, detail)
+        transformed = torch.func.grad_and_value(alone, (0, 1, 2, 3), has_aux=True)
+        tangents, result = transformed(*inputs)
+        torch.testing.assert_close(tangents, slopes, rtol=1e-13, atol=1e-15)
+        with torch.no_grad():
+            results = [result, alone(*inputs)]
+        for result in (alone(*inputs), whole(detail, *inputs)):
+            results.append(result)
+            gradients = torch.autograd.grad(result[0], inputs)
+            torch.testing.assert_close(gradients, slopes, rtol=1e-13, atol=1e-15)
+        for value, means in results:
+            torch.testing.assert_close(value, rows.value, rtol=1e-13, atol=0)
+            if detail == "means":
+                assert not means[0].requires_grad
+                torch.testing.assert_close(means[0], expected, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
@@ -228,10 +264,11 @@ def test_nothing_is_recorded_where_nothing_is_wanted(
     assert not recorded.hits.requires_grad
     assert recorded.ranks is not None
     assert not recorded.ranks.requires_grad
+    assert recorded.means is None
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             result = contrast([(x, y)], **options)
-        for ours, same in zip(result, recorded, strict=True):
+        for ours, same in zip(result[:4], recorded[:4], strict=True):
             assert not ours.requires_grad
             assert ours.grad_fn is None
             torch.testing.assert_close(ours, same.detach(), rtol=1e-14, atol=1e-14)

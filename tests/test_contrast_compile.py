@@ -43,7 +43,9 @@ def test_operators_are_sound(case: int) -> None:
     weights = [0.5, -1.5][: len(x)]
     nothing = (None, None, None, None)  # neither a bias nor ids nor entries left out
     rest = (*options, "cpu", "info_nce", True, False, False, 1.0)
-    torch.library.opcheck(operators.contrast_total, (x, y, tau, *nothing, weights, *rest))
+    for detail in ("total", "means", "rows"):
+        inputs = (x, y, tau, *nothing, weights, detail, *rest)
+        torch.library.opcheck(operators.contrast_total, inputs)
     torch.library.opcheck(operators.contrast_terms, (x, y, tau, *nothing, *rest))
     with torch.no_grad():
         terms, _, _, lse = operators.contrast_terms(x, y, tau, *nothing, *rest)

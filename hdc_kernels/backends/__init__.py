@@ -23,6 +23,9 @@ from torch import Tensor
 #                  weights exp(β·s_ij), −∞ where there is no j
 Function = Literal["info_nce", "logsumexp", "softplus", "tilted"]
 
+# What is asked for beside the total: nothing, `Terms.means`, or all that is kept per row. The first two need weights.
+Detail = Literal["total", "means", "rows"]
+
 
 class Mask(NamedTuple):
     """Which columns j a row's sum goes over; the positive of "info_nce" stands whatever its ids are."""
@@ -65,7 +68,7 @@ class Problems(NamedTuple):
     # Whether `Terms.ranks` are asked for, by "info_nce" or where the mask leaves the diagonal out; needs N_k ≥ M_k.
     ranked: bool = False
     beta: float = 1.0  # β > 0, for "tilted"
-    per_row: bool = True  # whether more of `Terms` than the total is asked for; needs weights
+    detail: Detail = "rows"
     rows_first: int = 0
 
     @property
@@ -101,8 +104,9 @@ class Terms(NamedTuple):
         below; so does "tilted", (1 + β) above and β below. Without a meaning for "softplus".
     ranks: [T] int64, how many of the row's other columns, of those that the mask lets through, the diagonal's logit
         is not above; None unless `ranked`.
+    means: [2, K], the mean term of each pair and the share of its rows that are hits; None unless `detail` is "means".
 
-    Without `per_row`, loss, hits and lse may be empty.
+    Unless `detail` is "rows", loss, hits and lse may be empty.
     """
 
     total: Tensor
@@ -110,6 +114,7 @@ class Terms(NamedTuple):
     hits: Tensor
     lse: Tensor
     ranks: Tensor | None = None
+    means: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Function, Gradients, Problems, Terms
-from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows
+from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows, with_means
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
 
@@ -55,7 +55,7 @@ def forward(problems: Problems) -> Terms:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
     terms = _empty_terms(problems)
     _call(_FORWARD, problems, terms, None, None)
-    return terms
+    return with_means(terms, problems)
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
@@ -71,7 +71,7 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     terms = _empty_terms(problems)
     gradients = _empty_gradients(problems, terms.total.dtype)
     _call(_STEP, problems, terms, gradients, None)
-    return terms, gradients
+    return with_means(terms, problems), gradients
 
 
 def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
@@ -91,7 +91,7 @@ def multiplies_bfloat16() -> bool:
 
 def _empty_terms(problems: Problems) -> Terms:
     total = torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype))
-    if not problems.per_row:
+    if problems.detail == "total":
         return Terms(total, *NO_ROWS)
     rows = empty_rows(problems)
     ranks = torch.empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Function, Gradients, Problems, Terms, plain
-from hdc_kernels.backends.outputs import LSE_DTYPE, empty_gradients, empty_rows
+from hdc_kernels.backends.outputs import LSE_DTYPE, empty_gradients, empty_rows, with_means
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "runs_on", "step"]
 
@@ -68,7 +68,7 @@ def forward(problems: Problems) -> Terms:
     problems = _readable(problems)
     terms = _empty_terms(problems)
     _call(_FORWARD, problems, terms, None, None)
-    return terms
+    return with_means(terms, problems)
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
@@ -86,7 +86,7 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     terms = _empty_terms(problems)
     gradients = _empty_gradients(problems, terms.loss.dtype)
     _call(_STEP, problems, terms, gradients, None)
-    return terms, gradients.ungrouped(given)
+    return with_means(terms, problems), gradients.ungrouped(given)
 
 
 def _readable(problems: Problems) -> Problems:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Problems
+from hdc_kernels.backends import Problems, Terms
 
 # At a small temperature a logsumexp is large: rounding it to float32 would change a whole row.
 LSE_DTYPE = torch.float64
@@ -34,6 +34,20 @@ def empty_rows(problems: Problems) -> Rows:
         torch.empty(rows, dtype=torch.bool, device=device),
         torch.empty((problems.sums, rows), dtype=LSE_DTYPE, device=device),
     )
+
+
+def means_of(loss: Tensor, hits: Tensor, rows: list[int]) -> Tensor:
+    """`Terms.means`, of what is kept per row; each pair has so many rows."""
+    return torch.stack(
+        [pair.mean() for t in (loss, hits.to(loss.dtype)) for pair in t.split(rows)]
+    ).view(2, -1)
+
+
+def with_means(terms: Terms, problems: Problems) -> Terms:
+    """Terms of all rows, and their means if they are asked for."""
+    if problems.detail != "means":
+        return terms
+    return terms._replace(means=means_of(terms.loss, terms.hits, problems.rows))
 
 
 def empty_gradients(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import EVERYTHING, Mask
+from hdc_kernels.backends import EVERYTHING, Detail, Mask
+from hdc_kernels.backends.outputs import means_of
 from hdc_kernels.contrast import Contrast, Pair, contrast
 from hdc_kernels.distributed import ring
 from hdc_kernels.distributed.rows import Rows
@@ -26,12 +27,12 @@ def contrast_across(
     rows_first: int = 0,
     mask: Mask = EVERYTHING,
     ranked: bool = False,
-    per_row: bool = True,
+    detail: Detail = "rows",
     **options: Any,
 ) -> Contrast:
     """`contrast` of each x [own, ..., D] with the y [own, ..., D] of all ranks: this rank's terms and its share.
 
-    The ids of `mask`, of this rank's x and y, are compared across all ranks.
+    The ids of `mask`, of this rank's x and y, are compared across all ranks. Nothing `symmetric` has means.
     """
     x, y = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     sides = [(x, y, keys, mask_across(keys, mask))]
@@ -39,7 +40,7 @@ def contrast_across(
         back = mask if mask.ids is None else mask._replace(ids=mask.ids[::-1])
         sides.append((y, x, queries, mask_across(queries, back)))
     if keys.prefers_ring(*(t for side in sides for t in side[1])):
-        return _around(sides, weights, divisor, rows_first, ranked or per_row, options)
+        return _around(sides, weights, divisor, rows_first, ranked, detail, options)
     found = [
         contrast(
             list(zip(own, columns.gather(*others), strict=True)),
@@ -48,7 +49,7 @@ def contrast_across(
             rows_first=rows_first,
             mask=mask,
             ranked=ranked and k == 0,
-            per_row=per_row,
+            detail=detail,
             **options,
         )
         for k, (own, others, columns, mask) in enumerate(sides)
@@ -72,10 +73,12 @@ def _around(
     divisor: int,
     rows_first: int,
     ranked: bool,
+    detail: Detail,
     options: dict[str, Any],
 ) -> Contrast:
     """The same with travelling keys: the positives, which are this rank's own, beside a sum over all others."""
     x, y, *_ = sides[0]
+    ranked = ranked or detail != "total"
     positive = torch.cat(
         [
             _by_problem(
@@ -102,10 +105,12 @@ def _around(
     ]
     losses = torch.stack([info_nce_terms(each.values, positive) for each in found])
     terms = losses.mean(0).to(reference.compute_dtype(x[0].dtype))
-    value = terms if weights is None else _total(terms, x, weights, divisor)
+    rows = [math.prod(t.shape[:-1]) for t in x]
+    value = terms if weights is None else _total(terms, rows, weights, divisor)
     ranks = found[0].ranks
     hit = (ranks == 0) & ~positive.isnan() if ranked else torch.zeros_like(terms, dtype=torch.bool)
-    return Contrast(value, terms.detach(), hit, ranks if ranked else None)
+    means = means_of(terms.detach(), hit, rows) if detail == "means" else None
+    return Contrast(value, terms.detach(), hit, ranks if ranked else None, means)
 
 
 def mask_across(columns: Rows, mask: Mask) -> Mask:
@@ -121,6 +126,6 @@ def _by_problem(logits: Tensor, rows_first: bool) -> Tensor:
     return (logits.transpose(0, 1) if rows_first else logits).flatten()
 
 
-def _total(terms: Tensor, x: Sequence[Tensor], weights: Sequence[float], divisor: int) -> Tensor:
-    sums = [part.sum() for part in terms.split([math.prod(t.shape[:-1]) for t in x])]
+def _total(terms: Tensor, rows: list[int], weights: Sequence[float], divisor: int) -> Tensor:
+    sums = [part.sum() for part in terms.split(rows)]
     return torch.stack([w / divisor * s for w, s in zip(weights, sums, strict=True)]).sum()

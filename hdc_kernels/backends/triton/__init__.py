@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms, plain
-from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows
+from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows, with_means
 from hdc_kernels.backends.triton import general, small, tilted
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
 
@@ -38,7 +38,7 @@ def forward(problems: Problems) -> Terms:
     problems = _readable(problems)
     rows = empty_rows(problems)
     total, _ = _launch(problems, rows, None, None, None, None)
-    return Terms(total, *rows, _ranks(problems))
+    return with_means(Terms(total, *rows, _ranks(problems)), problems)
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
@@ -71,7 +71,7 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
     total, d_temperature = _launch(problems, rows, None, dx, dy, d_bias)
-    terms = Terms(total, *rows, _ranks(problems))
+    terms = with_means(Terms(total, *rows, _ranks(problems)), problems)
     return terms, Gradients(dx, dy, d_temperature, d_bias).ungrouped(given)
 
 
