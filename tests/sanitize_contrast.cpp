@@ -249,7 +249,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
 
 int main() {
     const std::vector<std::vector<Shape>> square = {
-        {{1, 1, 1, 1}}, {{1, 7, 7, 3}}, {{1, 129, 129, 33}}, {{3, 9, 9, 17}, {1, 2, 2, 40}}, {{1, 300, 300, 5}}};
+        {{1, 1, 1, 1}}, {{1, 7, 7, 3}}, {{1, 129, 129, 33}}, {{3, 9, 9, 17}, {1, 2, 2, 40}}, {{1, 260, 260, 5}}};  // of 256 rows is a panel
     const std::vector<std::vector<Shape>> wide = {
         {{1, 1, 2, 1}}, {{2, 6, 8, 64}}, {{1, 5, 257, 31}, {5, 3, 4, 2}, {1, 1, 1, 9}}, {{1, 255, 256, 16}}};
     int64_t calls = 0;
@@ -265,12 +265,12 @@ int main() {
                             const Run plain{task, dtype, normalize, symmetric, threads, bfloat16, layout};
                             contrast(plain, shapes);
                             for (int64_t function = HDC_INFO_NCE; function <= HDC_TILTED; function++, calls++) {
+                                if (symmetric && function >= HDC_SOFTPLUS) continue;  // these are not
                                 Run run = plain;
                                 run.function = function;
                                 run.masked = random_bits() >> 16 & 1;
                                 run.needs_y = random_bits() >> 16 & 1;
                                 run.per_row = random_bits() >> 16 & 1;
-                                if (function >= HDC_SOFTPLUS) run.symmetric = 0;
                                 contrast(run, shapes);
                             }
                         }
