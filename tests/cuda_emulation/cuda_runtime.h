@@ -71,6 +71,7 @@ struct Fiber {
 struct Block {
     std::vector<Fiber> fibers;
     Barrier all, named[16], warps[32];
+    int votes = 0;
     unsigned char exchanged[2][32][32][64];
     jmp_buf scheduler;
     std::function<void()> body;
@@ -164,9 +165,18 @@ struct Together {
 inline dim3 &threadIdx = emulated::thread_index, &blockIdx = emulated::block_index, &gridDim = emulated::grid;
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, int(emulated::threads.x)); }
+inline int __syncthreads_count(int vote) {
+    int& votes = emulated::block.votes;
+    votes += vote != 0;
+    __syncthreads();
+    const int count = votes;
+    __syncthreads();
+    votes -= vote != 0;  // before whoever is ahead can meet the others again
+    return count;
+}
 inline void __threadfence() {}
 inline unsigned atomicMax(unsigned* to, unsigned value) { return std::exchange(*to, std::max(*to, value)); }
-inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+inline unsigned atomicInc(unsigned* to, unsigned most) { return std::exchange(*to, *to >= most ? 0 : *to + 1); }
 template <typename T>
 T __ldcg(const T* from) { return *from; }
 inline float __int_as_float(int bits) {
