@@ -325,6 +325,20 @@ def test_the_same_means_every_time(kernel, monkeypatch):
         assert_same(again, results)
 
 
+def test_sums_are_in_float64(kernel):
+    """The first problem's term is so large that float32 would not add the others', log 2, to it one by one."""
+    problems = problems_of([(320, 1, 2, 4)], normalize=False, weights=[0.5])
+    x, y = problems.x[0].zero_(), problems.y[0]
+    x[0], y[0] = 2048, torch.tensor([[0.0], [2048.0]])
+    terms = empty_terms(problems)._replace(means=torch.zeros(2, 1))
+    launch(kernel, FORWARD, problems, terms)
+    assert terms.loss[0] > 2**24
+    assert (terms.loss[1:] - math.log(2)).abs().max() < 1e-6
+    total = terms.loss.double().sum()
+    assert terms.total == (total / 2).float()
+    assert terms.means[0, 0] == (total / 320).float()
+
+
 def test_means_of_nan(kernel):
     """It is its pair's, and the total's; such a row is no hit, the others' are counted."""
     problems = problems_of([(2, 10, 10, 24), (1, 30, 40, 24)], tau=0.1)

@@ -33,8 +33,8 @@
 // On paper, for 17 × 128 × 128 × 128 in bf16 on an H100 at 1.75 GHz: 4 blocks a problem, 68 for 132 SMs. Clocks:
 // loading 64 KB from L2 1,800; logsumexps 2,000 (product at mma.sync's 60 % of the peak 1,650, exponentials beside);
 // gradients 1,600; halves, normalisation and 32 KB out 1,000; the last block's fence, ticket and sum 1,900. 8,300 clk
-// are 4.7 µs; with the launch about 7 µs of the 12 aimed at, and 8 µs in a CUDA graph, which clears its ticket. In
-// float32 about 20 µs, by loads from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16,
+// are 4.7 µs; with the launch about 7 µs of the 12 aimed at, and 8 µs in a CUDA graph, which clears its ticket.
+// In float32 about 20 µs, by loads from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16,
 // 20,000 of them for products, 5,000 for windows that slide; in float32 340,000, or 0.2 ms, two thirds of it logsumexps
 // that all blocks repeat. Whether the eight launches of the portable way, which repeat nothing, take less there is to
 // be measured.
