@@ -315,7 +315,7 @@ def test_means(kernel, task, dtype, symmetric):
 
 
 def test_the_same_means_every_time(kernel, monkeypatch):
-    """In any order of threads, by a ticket that every launch leaves as it found it."""
+    """In any order of threads and blocks, whichever of these is the last one."""
     problems = problems_of(SCALES, torch.bfloat16)._replace(detail="means")
     results = run(kernel, problems)
     for order in ("forward", "reverse"):

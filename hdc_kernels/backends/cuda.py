@@ -3,10 +3,10 @@
 A call takes the device's current stream, neither synchronises nor reads a temperature on the host, and allocates
 only PyTorch's memory: a CUDA graph may capture it. What it takes is in `hdc_kernels/selection.py`.
 
-What fits into one launch (`csrc/cuda/small.cu`) allocates nothing beside its results, and nothing by row unless rows
-are asked for. Results are tensors of their own rather than views of one: a view is nothing that `loss /= 2` may change
-in place, and an operator's outputs may not share memory. So what the launch leaves between its blocks lies behind one
-of them, in its allocation.
+What fits into one launch (`csrc/cuda/small.cu`) allocates nothing beside its results, and those by row only where they
+are asked for. Results are tensors of their own and no views of one: autograd forbids `loss /= 2` where the loss is a
+view, and an operator's outputs may share no memory. What blocks leave for the last of them lies behind the total, in
+its allocation.
 """
 
 import ctypes
@@ -91,7 +91,8 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     with _on(problems.x[0].device) as place:
         call = _Call(_BACKWARD, problems, x, y, place)
         temperature = call.empty_scalar()
-        call.launch(Terms(temperature, lse, lse, lse), temperature, upstream)  # only lse is read
+        # There is no total, and of the terms only lse is read.
+        call.launch(Terms(temperature, lse, lse, lse), temperature, upstream)
     return Gradients(x, y, temperature).ungrouped(given)
 
 
@@ -214,7 +215,7 @@ class _Call:
     def launch(
         self, terms: Terms, temperature: Tensor | None = None, upstream: Tensor | None = None
     ) -> None:
-        """Into `terms`, whose total or what takes its place is an `empty_scalar`, and the temperature's gradient."""
+        """Into `terms`, whose total is an `empty_scalar`, and the temperature's gradient."""
         if self._needs.one_launch:
             counter = ticket(self._device)
             memory = counter.data_ptr(), terms.total.data_ptr() + _ALIGNMENT
