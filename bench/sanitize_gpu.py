@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 # Every tensor in an allocation of its own: in a shared one, reading past the end would go unnoticed.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -106,16 +107,19 @@ def check_hd_nce(backend: Backend, dtype: torch.dtype) -> int:
     spatial = list(zip(first, second, strict=True))
     temporal = [(v[:, 0].contiguous(), w[:, 1].contiguous()) for v, w in spatial]
     views = [view.requires_grad_() for pair in (*spatial, *temporal) for view in pair]
-    loss, _ = fused_hd_nce(
-        spatial,
-        temporal,
-        alpha=(0.25, 0.5, 1.0),
-        beta=(0.25, 0.5, 1.0),
-        backend=backend,
-        return_metrics=True,
+    evaluate = partial(
+        fused_hd_nce, spatial, temporal, alpha=(0.25, 0.5, 1.0), beta=(0.25, 0.5, 1.0)
     )
+    loss, metrics = evaluate(backend=backend, return_metrics=True)
     assert all(bool(g.isfinite().all()) for g in gradients(loss, views))
-    return 1
+    with torch.no_grad():
+        without, again = evaluate(backend=backend, return_metrics=True)
+        _, expected = evaluate(backend="torch", return_metrics=True)
+    assert relative_error([without], [loss.detach()]) < TOLERANCE[dtype]
+    for found in (metrics, again):  # accuracies among them: a near tie of one row may go either way
+        assert relative_error(found[::2], expected[::2]) < TOLERANCE[dtype]
+        assert all(bool((a - b).abs().max() < 0.05) for a, b in zip(found, expected, strict=True))
+    return 2
 
 
 def check_augment(dtype: torch.dtype) -> int:

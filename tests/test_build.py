@@ -44,8 +44,8 @@ def test_the_cuda_library_brings_its_own_runtime() -> None:
         "hdc_cuda_contrast",
         "hdc_cuda_error",
         "hdc_cuda_interface_size",
+        "hdc_cuda_needs",
         "hdc_cuda_runs_on",
-        "hdc_cuda_workspace",
     }
     foreign = ("cu", "__cuda", "Py", "_Py", "at::", "c10::")
     assert [words[-1] for words in named if words[-1].startswith(foreign)] == []

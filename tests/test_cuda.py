@@ -15,11 +15,13 @@ from gpu_problems import (
     GPU,
     check,
     differentiate,
+    error,
     errors,
     evaluate,
     exact,
     make,
     make_masked,
+    plain,
 )
 from torch import Tensor
 
@@ -207,6 +209,116 @@ def test_a_graph_replays_it(rows: int, dtype: torch.dtype) -> None:
     temperature.fill_(0.004)  # without a fixed shift
     graph.replay()
     assert all(map(torch.equal, captured, run()))
+
+
+@on_gpu
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [60, 128, 300])
+def test_means(rows: int, dtype: torch.dtype, symmetric: bool) -> None:
+    """Of pairs of different sizes; in one launch nothing is kept by row, and total and gradients have the same bits."""
+    shapes = [(3, rows, rows, 64), (1, rows + 7, rows + 7, 128), (2, 9, 9, 40)]
+    problems = make(shapes, dtype, temperature=0.1, symmetric=symmetric, noise=3.0)
+    wide = problems._replace(
+        x=tuple(t.double() for t in problems.x), y=tuple(t.double() for t in problems.y)
+    )
+    loss, hits = specification(wide)
+    expected = mean_of_pairs(problems, loss), mean_of_pairs(problems, hits)
+    allowed = error(plain(problems).loss, loss)
+    kept, slopes = cuda.step(problems)
+    for detail in ("means", "total"):
+        asked = problems._replace(detail=detail)
+        terms, gradients = cuda.step(asked)
+        assert torch.equal(terms.total, kept.total)
+        assert torch.equal(gradients.temperature, slopes.temperature)
+        pairs = zip((*gradients.x, *gradients.y), (*slopes.x, *slopes.y), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        for found in (terms, cuda.forward(asked)):
+            assert found.loss.numel() == found.hits.numel() == (0 if rows < 250 else len(loss))
+            if detail == "total":
+                assert found.means is None
+                continue
+            assert found.means is not None
+            assert error(found.means[0], mean_of_pairs(problems, kept.loss)) < 2.0**-22
+            assert error(found.means[1], mean_of_pairs(problems, kept.hits)) < 2.0**-22
+            slack = torch.finfo(dtype).eps + 2.0**-25 / 0.1
+            assert error(found.means[0], expected[0]) <= 2 * allowed + slack
+            if dtype == torch.float32:
+                assert error(found.means[1], expected[1]) < 2.0**-22
+
+
+def mean_of_pairs(problems: Problems, of_rows: Tensor) -> Tensor:
+    """[K] in float64."""
+    return torch.stack([pair.double().mean() for pair in of_rows.split(problems.rows)])
+
+
+def all_of(problems: Problems) -> list[Tensor]:
+    """What one launch makes for HD-NCE."""
+    terms, gradients = cuda.step(problems)
+    assert terms.means is not None
+    return [terms.total, terms.means, *gradients.x, *gradients.y, gradients.temperature]
+
+
+@contextmanager
+def at_once(streams: list[torch.cuda.Stream]) -> Iterator[None]:
+    """What these are given inside begins when they all have it, about 3 ms later; then waits for them."""
+    gate = torch.cuda.Stream()
+    with torch.cuda.stream(gate):
+        torch.cuda._sleep(5_000_000)
+    for stream in streams:
+        stream.wait_stream(gate)
+    yield
+    torch.cuda.synchronize()
+
+
+TWO_CALLS = ([(8, 128, 128, 128), (1, 100, 100, 128)], [(4, 90, 90, 64), (3, 128, 128, 64)])
+
+
+@on_gpu
+def test_two_streams_at_once() -> None:
+    """Each has a ticket: no launch counts the other's blocks."""
+    calls = [make(shapes, torch.bfloat16)._replace(detail="means") for shapes in TWO_CALLS]
+    expected = [all_of(problems) for problems in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found: list[list[list[Tensor]]] = [[], []]
+        with at_once(streams):
+            for _ in range(10):
+                for results, stream, problems in zip(found, streams, calls, strict=True):
+                    with torch.cuda.stream(stream):
+                        results.append(all_of(problems))
+        for results, truth in zip(found, expected, strict=True):
+            assert all(all(map(torch.equal, again, truth)) for again in results)
+
+
+@on_gpu
+def test_graphs_on_two_streams_at_once() -> None:
+    """Each has a ticket, on whatever stream it is replayed; nothing is left over from the replay before."""
+    calls = [make(shapes, torch.bfloat16)._replace(detail="means") for shapes in TWO_CALLS]
+    expected = [all_of(problems) for problems in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    graphs, captured = [torch.cuda.CUDAGraph() for _ in calls], []
+    for graph, problems in zip(graphs, calls, strict=True):
+        with torch.cuda.graph(graph):
+            captured.append(all_of(problems))
+    for turn in range(100):
+        for results in captured:
+            for t in results:  # and what lies behind them, in memory that is theirs
+                t.as_strided((t.untyped_storage().nbytes() // 4,), (1,)).fill_(math.nan)
+        torch.cuda.synchronize()
+        with at_once(streams):
+            for k, graph in enumerate(graphs):
+                with torch.cuda.stream(streams[(turn + k) % 2]):
+                    graph.replay()
+        for results, truth in zip(captured, expected, strict=True):
+            assert all(map(torch.equal, results, truth))
+    with at_once(streams):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                graphs[0].replay()
+    assert all(map(torch.equal, captured[0], expected[0]))
 
 
 @on_gpu

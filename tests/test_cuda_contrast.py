@@ -17,7 +17,7 @@ from contrast_problems import LAYOUTS, embeddings_of, exact, plainly, problems_o
 from equations import relative_error
 from torch import Tensor
 
-from hdc_kernels.backends import Gradients, Mask, Problems, Terms, cuda, plain
+from hdc_kernels.backends import Detail, Gradients, Mask, Problems, Terms, cuda, plain
 
 SOURCES = (
     "contrast",
@@ -274,24 +274,70 @@ def test_same_bits_in_any_order_of_threads(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(gradients.temperature, gradients_again.temperature)
 
 
-def test_one_launch_where_it_fits(library: ctypes.CDLL) -> None:
-    """The whole call then goes there, with that much memory."""
-    problems = problems_of([(1, 6, 6, 8)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("detail", ["total", "means", "rows"])
+def test_one_launch_where_it_fits(library: ctypes.CDLL, detail: Detail, symmetric: bool) -> None:
+    """The whole call then goes there, with room for what is asked for and nothing else."""
+    problems = problems_of([(2, 6, 6, 8), (1, 5, 5, 8)], symmetric=symmetric)
+    problems = problems._replace(detail=detail)
     library.take_in_one_launch(1)
-    assert cuda.forward(problems).total == 77
+    stepped, gradients = cuda.step(problems)
+    assert gradients.temperature.item() == 81
+    for terms in (cuda.forward(problems), stepped):
+        assert terms.total.item() == 77
+        if detail == "means":
+            assert terms.means is not None
+            assert terms.means.tolist() == [[78.0] * 2] * 2
+        else:
+            assert terms.means is None
+        rows = 17 if detail == "rows" else 0
+        assert terms.loss.tolist() == [79.0] * rows
+        assert terms.hits.tolist() == [True] * rows
+        assert terms.lse.flatten().tolist() == [80.0] * rows * (1 + symmetric)
+    later = cuda.backward(
+        problems, torch.zeros(1 + symmetric, 17, dtype=torch.float64), torch.ones(17)
+    )
+    assert later.temperature.item() == 81
+
+
+def test_results_of_one_launch_are_no_views(library: ctypes.CDLL) -> None:
+    """Of memory that they share: a loss may be changed in place, and a compiler takes no outputs that overlap."""
+    library.take_in_one_launch(1)
+    terms, gradients = cuda.step(problems_of([(1, 6, 6, 8)])._replace(detail="means"))
+    assert terms.means is not None
+    results = (terms.total, terms.means, gradients.temperature)
+    assert not any(t._is_view() for t in results)
+    assert len({t.untyped_storage().data_ptr() for t in results}) == 3
+    # In the total's memory lies what passes between blocks, and nowhere else.
+    assert [t.untyped_storage().nbytes() for t in results] == [256 + 700, 8, 4]
+
+
+@pytest.mark.parametrize("detail", ["total", "means"])
+def test_means_of_several_launches(detail: Detail) -> None:
+    """Made of rows, which are there for any detail."""
+    problems = problems_of([(2, 6, 9, 8), (1, 5, 5, 8)], tau=0.1)._replace(detail=detail)
+    truth, _ = exact(problems)
+    for terms in (cuda.forward(problems), cuda.step(problems)[0]):
+        assert relative_error(terms.loss, truth.loss) <= 10 * FLOAT32
+        if detail == "total":
+            assert terms.means is None
+            continue
+        losses, hits = (t.double().split([12, 5]) for t in (truth.loss, truth.hits))
+        expected = torch.stack([pair.mean() for pair in (*losses, *hits)]).view(2, 2)
+        assert terms.means is not None
+        assert relative_error(terms.means, expected) <= 10 * FLOAT32
 
 
 def test_memory_is_shared(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """By batches, and by the two passes: ten pairs that fill the device take as much as one, but for parts of sums."""
     sizes = []
 
-    def workspace(call: bytes, pairs: bytes) -> int:
-        sizes.append(library.hdc_cuda_workspace(call, pairs))
-        return sizes[-1]
+    def needs(call: bytes, pairs: bytes) -> ctypes.Structure:
+        found = library.hdc_cuda_needs(call, pairs)
+        sizes.append(found.workspace)
+        return found
 
-    functions = SimpleNamespace(
-        hdc_cuda_workspace=workspace, hdc_cuda_contrast=lambda call, pairs: 0
-    )
+    functions = SimpleNamespace(hdc_cuda_needs=needs, hdc_cuda_contrast=lambda call, pairs: 0)
     monkeypatch.setattr(cuda, "library", lambda: functions)
     for shapes in (1, 6, 6, 8), (132, 6, 6, 8):
         for pairs in 1, 10:

@@ -18,11 +18,11 @@ from cuda_objects import CSRC, assert_nothing_spills
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms
-from hdc_kernels.backends.outputs import empty_gradients, empty_rows
+from hdc_kernels.backends.outputs import NO_ROWS, empty_gradients, empty_rows
 
 FORWARD, BACKWARD, STEP = range(3)
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-CALL, PROBLEM = struct.Struct("9qd9P"), struct.Struct("Pqq" * 4 + "4qd2P")
+CALL, PROBLEM = struct.Struct("9qd11P"), struct.Struct("Pqq" * 4 + "4qd2P")
 # Bytes of shared memory that a block may have, by compute capability: the programming guide's table.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}
 
@@ -44,8 +44,8 @@ def kernel(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def describe(task, problems, terms, gradients, upstream, workspace) -> tuple[bytes, bytes]:
-    """The structs of contrast.h."""
+def describe(task, problems, terms, gradients, upstream, ticket, workspace) -> tuple[bytes, bytes]:
+    """The structs of contrast.h; what is empty is null."""
     packed = bytearray()
     for k, (x, y, weight) in enumerate(zip(problems.x, problems.y, problems.weights, strict=True)):
         slopes = [side[k] if side else None for side in (gradients or ((), ()))[:2]]
@@ -69,36 +69,63 @@ def describe(task, problems, terms, gradients, upstream, workspace) -> tuple[byt
         0,
         0.0 if learned else tau,
         tau.data_ptr() if learned else 0,
-        *(t.data_ptr() for t in (terms.total, terms.loss, terms.hits, terms.lse)),
-        upstream.data_ptr() if upstream is not None else 0,
-        gradients.temperature.data_ptr() if gradients else 0,
-        workspace.data_ptr() if workspace is not None else 0,
+        *map(address, (terms.total, terms.means, terms.loss, terms.hits, terms.lse)),
+        address(upstream),
+        address(gradients.temperature if gradients else None),
+        address(ticket),
+        address(workspace),
         0,
     )
     return call, bytes(packed)
 
 
-def run(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Terms, Gradients]:
-    """STEP, or with `upstream` FORWARD and BACKWARD."""
-    terms = Terms(torch.full((), math.nan), *empty_rows(problems))
-    dtype = torch.float32 if upstream is None else None
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def launch(kernel, task, problems, terms, gradients=None, upstream=None) -> None:
+    """In as much memory as the library asks for, which holds NaN before, and keeps what is behind it."""
+    bytes_of_it = kernel.workspace(
+        *describe(task, problems, terms, gradients, upstream, None, None)
+    )
+    workspace = torch.full((bytes_of_it + 64,), 255, dtype=torch.uint8)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    given = describe(task, problems, terms, gradients, upstream, ticket, workspace)
+    assert kernel.contrast(*given) == 0
+    assert ticket.item() == 0
+    assert (workspace[bytes_of_it:] == 255).all()
+
+
+def empty_terms(problems: Problems) -> Terms:
+    """Of NaN; rows or means only where they are asked for."""
+    means = torch.full((2, len(problems.x)), math.nan) if problems.detail == "means" else None
+    rows = empty_rows(problems) if problems.detail == "rows" else NO_ROWS
+    rows.loss.fill_(math.nan)
+    rows.lse.fill_(math.nan)
+    return Terms(torch.full((), math.nan), *rows, means=means)
+
+
+def empty_slopes(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
+    """Of NaN."""
     gradients = Gradients(
         empty_gradients(problems.x, dtype),
         empty_gradients(problems.y, dtype) if problems.needs_y else (),
         torch.full((), math.nan),
     )
-    for t in (*gradients.x, *gradients.y, terms.loss, terms.lse):
+    for t in vectors(gradients):
         t.fill_(math.nan)
-    call, packed = describe(STEP, problems, terms, gradients, None, None)
-    workspace = torch.full((kernel.workspace(call, packed),), 255, dtype=torch.uint8)
+    return gradients
+
+
+def run(kernel, problems: Problems, upstream: Tensor | None = None) -> tuple[Terms, Gradients]:
+    """STEP, or with `upstream` FORWARD and BACKWARD."""
+    terms = empty_terms(problems)
+    gradients = empty_slopes(problems, torch.float32 if upstream is None else None)
     if upstream is None:
-        call, packed = describe(STEP, problems, terms, gradients, None, workspace)
-        assert kernel.contrast(call, packed) == 0
+        launch(kernel, STEP, problems, terms, gradients)
         return terms, gradients
-    call, packed = describe(FORWARD, problems, terms, None, None, workspace)
-    assert kernel.contrast(call, packed) == 0
-    call, packed = describe(BACKWARD, problems, terms, gradients, upstream, workspace)
-    assert kernel.contrast(call, packed) == 0
+    launch(kernel, FORWARD, problems, terms)
+    launch(kernel, BACKWARD, problems, terms, gradients, upstream)
     return terms, gradients
 
 
@@ -233,6 +260,101 @@ def test_once_converged(kernel, dtype):
     check(kernel, problems._replace(y=(noisy,)))
 
 
+SCALES = [
+    (3, 70, 70, 40),
+    (1, 130, 130, 24),
+    (5, 9, 9, 64),
+    *[(1, 20, 20, 8)] * 8,
+]  # more than warps
+
+
+def means(problems: Problems) -> Tensor:
+    """[2, K] in float64: the mean term of each pair, the share of its rows that are hits."""
+    terms, _ = exact(problems)
+    found = (t.double().split(problems.rows) for t in (terms.loss, terms.hits))
+    return torch.stack([torch.stack([pair.mean() for pair in pairs]) for pairs in found])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("task", [FORWARD, STEP])
+def test_means(kernel, task, dtype, symmetric):
+    """Pairs of one problem or several, of one tile or several, whose blocks share them; with the bits of a run that
+    keeps rows, which those of means and totals do not.
+    """
+    problems = problems_of(SCALES, dtype, tau=0.1, symmetric=symmetric)
+    pairs = zip(problems.x, problems.y, strict=True)
+    y = tuple((y + 2 * x.shape[-1] ** -0.5 * x).to(dtype) for x, y in pairs)
+    problems = problems._replace(y=y)  # some rows hit
+    kernel.set_device(60, SHARED_MEMORY[80])  # three blocks a problem
+    by_detail = {}
+    for detail in ("total", "means", "rows"):
+        asked = problems._replace(detail=detail)
+        terms = empty_terms(asked)
+        gradients = empty_slopes(asked, torch.float32) if task == STEP else None
+        launch(kernel, task, asked, terms, gradients)
+        by_detail[detail] = terms, gradients
+    rows, slopes = by_detail["rows"]
+    for terms, others in by_detail.values():
+        assert torch.equal(terms.total, rows.total)
+        if others is not None:
+            assert all(map(torch.equal, vectors(others), vectors(slopes)))
+            assert torch.equal(others.temperature, slopes.temperature)
+    found, expected = by_detail["means"][0].means, means(problems)
+    assert 0 < expected[1, :3].min() < expected[1, :3].max() < 1
+    # Of the terms and hits of the run that kept them, they are sums in float64.
+    sums = [[t.mean() for t in side.double().split(problems.rows)] for side in rows[1:3]]
+    assert error(found, torch.tensor(sums, dtype=torch.float64)) < 2.0**-22
+    loss, _ = plain(problems, None)
+    allowed = error(loss, exact(problems)[0].loss)
+    slack = torch.finfo(dtype).eps + 2.0**-25 / 0.1
+    assert error(found[0], expected[0]) <= 2 * allowed + slack
+    if dtype == torch.float32:
+        assert torch.equal(found[1], expected[1].float())
+
+
+def test_the_same_means_every_time(kernel, monkeypatch):
+    """In any order of threads and blocks, whichever of these is the last one."""
+    problems = problems_of(SCALES, torch.bfloat16)._replace(detail="means")
+    results = run(kernel, problems)
+    for order in ("forward", "reverse"):
+        monkeypatch.setenv("HDC_EMULATION_ORDER", order)
+        again = run(kernel, problems)
+        assert torch.equal(again[0].means, results[0].means)
+        assert_same(again, results)
+
+
+def test_sums_are_in_float64(kernel):
+    """The first problem's term is so large that float32 would not add the others', log 2, to it one by one."""
+    problems = problems_of([(320, 1, 2, 4)], normalize=False, weights=[0.5])
+    x, y = problems.x[0].zero_(), problems.y[0]
+    x[0], y[0] = 2048, torch.tensor([[0.0], [2048.0]])
+    terms = empty_terms(problems)._replace(means=torch.zeros(2, 1))
+    launch(kernel, FORWARD, problems, terms)
+    assert terms.loss[0] > 2**24
+    assert (terms.loss[1:] - math.log(2)).abs().max() < 1e-6
+    total = terms.loss.double().sum()
+    assert terms.total == (total / 2).float()
+    assert terms.means[0, 0] == (total / 320).float()
+
+
+def test_means_of_nan(kernel):
+    """It is its pair's, and the total's; such a row is no hit, the others' are counted."""
+    problems = problems_of([(2, 10, 10, 24), (1, 30, 40, 24)], tau=0.1)
+    x, y = problems.x[0], problems.y[0]
+    y[:, :] = x + 0.01 * y  # all of these hit
+    expected = means(problems)
+    x[1, 3, 2] = math.nan
+    problems = problems._replace(detail="means")
+    for task, gradients in ((FORWARD, None), (STEP, empty_slopes(problems, torch.float32))):
+        terms = empty_terms(problems)
+        launch(kernel, task, problems, terms, gradients)
+        assert terms.total.isnan()
+        assert terms.means.isnan().tolist() == [[True, False], [False, False]]
+        assert terms.means[1, 0].item() == pytest.approx(19 / 20)
+        assert error(terms.means[:, 1], expected[:, 1]) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_in_the_least_memory(kernel, dtype):
     """256 × 256 × 256 where a window holds a quarter of a side; each of three blocks has several tiles."""
@@ -289,8 +411,8 @@ def test_what_fits(kernel):
     for dtype in DTYPES:
         for shapes, answer in answers.items():
             problems = problems_of(shapes, dtype)
-            terms = Terms(torch.zeros(()), *empty_rows(problems))
-            assert kernel.fits(*describe(FORWARD, problems, terms, None, None, None)) == answer
+            terms = empty_terms(problems)
+            assert kernel.fits(*describe(FORWARD, problems, terms, *(None,) * 4)) == answer
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

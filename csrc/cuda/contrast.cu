@@ -322,15 +322,15 @@ cudaError_t contrast(const HdcCudaCall& call, const HdcCudaProblem* problems, co
 
 using namespace hdc::cuda;
 
-int64_t hdc_cuda_workspace(const HdcCudaCall* call, const HdcCudaProblem* problems) {
+HdcCudaNeeds hdc_cuda_needs(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     Device device = {};
-    if (find(device, call->device) != cudaSuccess) return 0;  // hdc_cuda_contrast will say why
-    if (small_fits(*call, problems)) return small_workspace(*call, problems);
+    if (find(device, call->device) != cudaSuccess) return {};  // hdc_cuda_contrast will say why
+    if (small_fits(*call, problems)) return {small_workspace(*call, problems, device.processors), true};
     Pieces pieces(nullptr);
     const std::vector<Batch> batches = batches_of(*call, problems, device);
     take_sums(*call, batches, pieces);
     for (const Batch& batch : batches) lay_out(*call, batch, 0, 0, device, pieces);
-    return pieces.most();
+    return {pieces.most(), false};
 }
 
 int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
@@ -339,7 +339,7 @@ int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
     if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(call->device));
     if (error != cudaSuccess) return error;
     const auto stream = static_cast<cudaStream_t>(call->stream);
-    return small_fits(*call, problems) ? small_contrast(*call, problems, stream)
+    return small_fits(*call, problems) ? small_contrast(*call, problems, device.processors, stream)
                                        : contrast(*call, problems, device, stream);
 }
 

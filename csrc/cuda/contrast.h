@@ -41,17 +41,26 @@ struct HdcCudaCall {  // T = Σ groups·rows
     double temperature;                // read where the next is null
     const float* device_temperature;  // [1]
     float* total;                      // [1]: Σ weight·term                     written by FORWARD, STEP
+    float* means;                      // [2, problems]: of terms, share of hits; or null. Only in one launch, as above
     float* terms;                      // [T]                                    written by FORWARD, STEP
     uint8_t* hits;                     // [T]: the positive beats all negatives  written by FORWARD, STEP
     double* lse;                       // [T], symmetric [2, T]: of negatives    written by FORWARD, STEP; read by BACKWARD
     const float* upstream;             // [T]                                    read by BACKWARD
     float* d_temperature;              // [1]                                    written by BACKWARD, STEP
-    void* workspace;                   // of hdc_cuda_workspace bytes, aligned to 256
+    unsigned* ticket;                  // [1]: 0, as one launch leaves it; no two at the same time share it
+    void* workspace;                   // of hdc_cuda_needs' bytes, aligned to 256
     void* stream;                      // a cudaStream_t
 };
 
-// How many bytes of device memory the call needs beside its arguments; its pointers to data are not read.
-int64_t hdc_cuda_workspace(const HdcCudaCall* call, const HdcCudaProblem* problems);
+struct HdcCudaNeeds {
+    int64_t workspace;  // bytes of device memory beside the call's arguments
+    // Whether one launch takes the call. It alone uses means and ticket, and what FORWARD and STEP write by row, terms,
+    // hits and lse, may then be null.
+    int64_t one_launch;
+};
+
+// What the call needs. Its pointers to data are not read; which dy and ids are null counts.
+HdcCudaNeeds hdc_cuda_needs(const HdcCudaCall* call, const HdcCudaProblem* problems);
 
 // Launches; 0, or the cudaError_t that kept it from doing so. Leaves `device` the current one of its thread.
 int hdc_cuda_contrast(const HdcCudaCall* call, const HdcCudaProblem* problems);

@@ -252,9 +252,11 @@ cudaError_t hopper_gradient(const GradientPass& pass, cudaStream_t stream);
 
 // Whether one launch takes the whole call, on any device.
 bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems);
-// Bytes of `call.workspace` that it uses.
-int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems);
+// Bytes of `call.workspace` that it uses on a device of so many processors.
+int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems, int processors);
 // The whole call: see contrast.h.
-cudaError_t small_contrast(const HdcCudaCall& call, const HdcCudaProblem* problems, cudaStream_t stream);
+cudaError_t small_contrast(
+    const HdcCudaCall& call, const HdcCudaProblem* problems, int processors, cudaStream_t stream
+);
 
 }  // namespace hdc::cuda

@@ -1,5 +1,5 @@
-// Everything in one launch: from raw embeddings to terms, total and all gradients, up to 256 rows, columns and
-// dimensions.
+// Everything in one launch: from raw embeddings to total, means by pair, all gradients and, where they are asked for,
+// terms and hits by row; up to 256 rows, columns and dimensions.
 //
 // `blocks` blocks share a problem and exchange nothing: each makes all norms and all logsumexps itself, and then the
 // gradients of its own tiles of 64 vectors, of x or of y. That repeats one product of four, and spares every meeting
@@ -7,10 +7,14 @@
 //
 //   1. norms, unit vectors rounded to T, positives in float32                     8 lanes a row    small_rows.cuh
 //   2. logsumexp of rows (and columns): slab · all others, 32 at a time           2 warps a slab   small_logsumexp.cuh
-//   3. terms, weights
+//   3. terms, hits, weights
 //   4. slab's gradient = coefficients · others, both products as in 2; the two warps' halves are added in order;
 //      through the normalisation, row by row; out                                                  small_gradient.cuh
-//   5. the last block adds the blocks' parts of total and temperature gradient, in order
+//   5. the last block adds what the blocks of each pair have left, a warp a pair, in order and in float64: sums of
+//      terms, numbers of hits and temperature gradients become total, means and temperature gradient
+//
+// Which block is the last one, a counter tells, the ticket, which it leaves at 0 as it was. So nothing is cleared
+// before a launch, and launches that may run at the same time need a ticket each (hdc_kernels/backends/tickets.py).
 //
 // A tile is a slab of 16 for each of four teams of two warps. exp2((cosine − highest)·k − log2 Σ): the shift is kept in
 // two parts, so that no large logsumexp is rounded. The positive is outside of both products. Factors are rounded as
@@ -29,10 +33,11 @@
 // On paper, for 17 × 128 × 128 × 128 in bf16 on an H100 at 1.75 GHz: 4 blocks a problem, 68 for 132 SMs. Clocks:
 // loading 64 KB from L2 1,800; logsumexps 2,000 (product at mma.sync's 60 % of the peak 1,650, exponentials beside);
 // gradients 1,600; halves, normalisation and 32 KB out 1,000; the last block's fence, ticket and sum 1,900. 8,300 clk
-// are 4.7 µs; with the launch and the ticket's memset about 8 µs of the 12 aimed at. float32: about 20 µs, by loads
-// from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16, 20,000 of them for products,
-// 5,000 for windows that slide; in float32 340,000, or 0.2 ms, two thirds of it logsumexps that all blocks repeat.
-// Whether the eight launches of the portable way, which repeat nothing, take less there is to be measured.
+// are 4.7 µs; with the launch about 7 µs of the 12 aimed at, and 8 µs in a CUDA graph, which clears its ticket.
+// In float32 about 20 µs, by loads from shared memory. One problem of 256 × 256 × 256, in 8 blocks: 33,000 clk in bf16,
+// 20,000 of them for products, 5,000 for windows that slide; in float32 340,000, or 0.2 ms, two thirds of it logsumexps
+// that all blocks repeat. Whether the eight launches of the portable way, which repeat nothing, take less there is to
+// be measured.
 //
 // Decided on paper: while a window slides nobody multiplies, 1,000 clk for 64 rows of 512 bytes beside 800 to 1,700 of
 // products with them in 16 bits. At 256 dimensions no registers are left to hold the next rows meanwhile, and cp.async
@@ -50,7 +55,6 @@ namespace hdc::cuda {
 namespace small {
 namespace {
 
-constexpr int64_t PARTS = 16;  // bytes before the parts in the workspace: the ticket
 constexpr float SMALLEST_UNIT = 1e-30f;
 
 __device__ inline float softplus(float z) {  // log(1 + e^z) to full relative accuracy
@@ -134,7 +138,8 @@ __global__ void __launch_bounds__(THREADS, 1) small_kernel(const __grid_constant
     }
     __syncthreads();
 
-    float weighted = 0.0f, largest = 0.0f;
+    float term = 0.0f, largest = 0.0f;
+    bool hit = false;
     s.along[thread] = 0.0f;
     s.sums[0].weight[thread] = s.sums[1].weight[thread] = 0.0f;
     const bool mine = thread / TILE % a.blocks == rank;  // one block of a problem writes the term
@@ -147,24 +152,31 @@ __global__ void __launch_bounds__(THREADS, 1) small_kernel(const __grid_constant
         if (a.task == HDC_CUDA_BACKWARD) {
             u = a.upstream[flat + i];
         } else if (mine) {
-            float term = softplus(row_gap);
+            term = softplus(row_gap);
             if (a.symmetric) term = 0.5f * (term + softplus(column_gap));
-            weighted = u * term;
-            a.terms[flat + i] = term;
-            a.hits[flat + i] = s.own[i] > s.sums[0].highest[i] && term == term;
-            a.lse[flat + i] = whole(s.sums[0], i, k);
-            if (a.symmetric) a.lse[a.T + flat + i] = whole(s.sums[1], i, k);
+            hit = s.own[i] > s.sums[0].highest[i] && term == term;
+            if (a.terms) {
+                a.terms[flat + i] = term;
+                a.hits[flat + i] = hit;
+                a.lse[flat + i] = whole(s.sums[0], i, k);
+                if (a.symmetric) a.lse[a.T + flat + i] = whole(s.sums[1], i, k);
+            }
         }
         s.sums[0].weight[i] = share * u / (1.0f + expf(-row_gap));
         if (a.symmetric) s.sums[1].weight[i] = share * u / (1.0f + expf(-column_gap));
         largest = fmaxf(fabsf(s.sums[0].weight[i]), fabsf(s.sums[1].weight[i]));
     }
-    weighted = over_block(weighted, s.warp_values, [](float p, float q) { return p + q; });
+    term = over_block(term, s.warp_values, [](float p, float q) { return p + q; });
     largest = over_block(largest, s.warp_values, [](float p, float q) { return fmaxf(p, q); });
     const float unit = fmaxf(largest, SMALLEST_UNIT);
     s.sums[0].share[thread] = s.sums[0].weight[thread] * (GAIN<T> / unit);
     s.sums[1].share[thread] = s.sums[1].weight[thread] * (GAIN<T> / unit);
-    __syncthreads();
+    const int hits = __syncthreads_count(hit);
+    const int64_t blocks = gridDim.x;
+    if (thread == 0) {  // at once: no registers are left to keep them in
+        a.parts[blockIdx.x] = term;
+        a.parts[blocks + blockIdx.x] = static_cast<float>(hits);
+    }
 
     if (!forward) {
         const int x_tiles = tiles(M), all_tiles = x_tiles + (pair.gradients[1].data ? tiles(pair.counts[1]) : 0);
@@ -178,23 +190,40 @@ __global__ void __launch_bounds__(THREADS, 1) small_kernel(const __grid_constant
     const float along = over_block(s.along[thread], s.warp_values, [](float p, float q) { return p + q; });
 
     if (thread == 0) {
-        a.parts[blockIdx.x] = weighted;
-        a.parts[gridDim.x + blockIdx.x] = -scale * along;
+        a.parts[2 * blocks + blockIdx.x] = -scale * along;
         __threadfence();
-        s.ticket = atomicAdd(a.ticket, 1u);
+        s.ticket = atomicInc(a.ticket, gridDim.x - 1);  // the last one sets it back to 0
     }
     __syncthreads();
     if (s.ticket + 1 != gridDim.x) return;
     __threadfence();
-    for (int which = 0; which < 2; ++which) {
-        double total = 0.0;
-        for (int64_t i = thread; i < gridDim.x; i += THREADS) total += __ldcg(a.parts + which * int64_t(gridDim.x) + i);
-        for (int distance = 16; distance; distance /= 2) total += __shfl_down_sync(~0u, total, distance);
-        if (lane == 0) s.warp_totals[which][warp] = total;
+    double total = 0.0, slope = 0.0;
+    for (int p = warp; p < a.pair_count; p += WARPS) {  // a warp adds what the blocks of a pair have left
+        const int64_t first = a.pairs[p].first_problem * a.blocks;
+        const int64_t end = p + 1 < a.pair_count ? a.pairs[p + 1].first_problem * a.blocks : blocks;
+        double sums[PARTS] = {};
+#pragma unroll 4
+        for (int64_t i = first + lane; i < end; i += 32) {
+            for (int n = 0; n < PARTS; ++n) sums[n] += __ldcg(a.parts + n * blocks + i);
+        }
+        for (int distance = 16; distance; distance /= 2) {
+            for (int n = 0; n < PARTS; ++n) sums[n] += __shfl_down_sync(~0u, sums[n], distance);
+        }
+        total += a.pairs[p].weight * sums[0];
+        slope += sums[2];
+        if (a.means && lane == 0) {
+            const double rows = static_cast<double>((end - first) / a.blocks * a.pairs[p].counts[0]);
+            a.means[p] = static_cast<float>(sums[0] / rows);
+            a.means[a.pair_count + p] = static_cast<float>(sums[1] / rows);
+        }
+    }
+    if (lane == 0) {
+        s.warp_totals[0][warp] = total;
+        s.warp_totals[1][warp] = slope;
     }
     __syncthreads();
     if (thread < 2) {
-        double total = 0.0;
+        total = 0.0;
         for (int w = 0; w < WARPS; ++w) total += s.warp_totals[thread][w];
         if (thread == 0 && a.task != HDC_CUDA_BACKWARD) *a.total = static_cast<float>(total);
         if (thread == 1 && !forward) *a.d_temperature = static_cast<float>(total);
@@ -286,17 +315,20 @@ bool small_fits(const HdcCudaCall& call, const HdcCudaProblem* problems) {
     return count >= 1 && count <= INT32_MAX / MOST_BLOCKS;
 }
 
-int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems) {
-    return small::PARTS + 2 * small::MOST_BLOCKS * small::problem_count(call, problems) * int64_t(sizeof(float));
-}
-
-cudaError_t small_contrast(const HdcCudaCall& call, const HdcCudaProblem* problems, cudaStream_t stream) {
+int64_t small_workspace(const HdcCudaCall& call, const HdcCudaProblem* problems, int processors) {
     using namespace small;
     const int64_t count = problem_count(call, problems);
-    int processors = 0, shared = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, int(call.device));
-    if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, int(call.device));
+    return PARTS * count * blocks_of(call, problems, count, processors) * int64_t(sizeof(float));
+}
+
+cudaError_t small_contrast(
+    const HdcCudaCall& call, const HdcCudaProblem* problems, int processors, cudaStream_t stream
+) {
+    using namespace small;
+    const int64_t count = problem_count(call, problems);
+    int shared = 0;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, int(call.device));
     if (error != cudaSuccess) return error;
     Arguments arguments = {};
     arguments.pair_count = int(call.problems);
@@ -306,13 +338,14 @@ cudaError_t small_contrast(const HdcCudaCall& call, const HdcCudaProblem* proble
     arguments.symmetric = call.symmetric;
     arguments.temperature = {float(call.temperature), call.device_temperature};
     arguments.total = call.total;
+    arguments.means = call.means;
     arguments.terms = call.terms;
     arguments.d_temperature = call.d_temperature;
     arguments.hits = call.hits;
     arguments.lse = call.lse;
     arguments.upstream = call.upstream;
-    arguments.ticket = static_cast<unsigned*>(call.workspace);
-    arguments.parts = reinterpret_cast<float*>(static_cast<char*>(call.workspace) + PARTS);
+    arguments.ticket = call.ticket;
+    arguments.parts = static_cast<float*>(call.workspace);
     const int bytes = element_bytes(call), depth = depth_of(call, problems);
     const int out_bytes = call.task == HDC_CUDA_STEP ? 4 : bytes;
     int64_t first = 0, most = 0;
@@ -337,8 +370,6 @@ cudaError_t small_contrast(const HdcCudaCall& call, const HdcCudaProblem* proble
         arguments.T += problem.groups * problem.rows;
         most = std::max(most, room.bytes);
     }
-    error = cudaMemsetAsync(arguments.ticket, 0, sizeof(unsigned), stream);
-    if (error != cudaSuccess) return error;
     if (bytes == 4) return launch_depth<float>(arguments, depth, count, int(most), stream);
     if (call.dtype == HDC_CUDA_BFLOAT16) return launch_depth<__nv_bfloat16>(arguments, depth, count, int(most), stream);
     return launch_depth<__half>(arguments, depth, count, int(most), stream);

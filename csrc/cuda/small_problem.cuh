@@ -18,6 +18,7 @@ constexpr int LONGEST = THREADS;        // rows or columns: one thread each
 constexpr int WIDEST = 256;
 constexpr int MOST_BLOCKS = 8;  // that share a problem
 constexpr int MOST_PAIRS = 24;  // in the 4 KB that a kernel's arguments may take
+constexpr int PARTS = 3;        // numbers that a block leaves for the last one
 
 struct Matrix {
     void* data;
@@ -42,12 +43,12 @@ struct Arguments {
     bool normalize, symmetric;
     Temperature temperature;
     int64_t T;
-    float *total, *terms, *d_temperature;
+    float *total, *means, *terms, *d_temperature;
     uint8_t* hits;
     double* lse;
     const float* upstream;
     unsigned* ticket;
-    float* parts;  // [2, problems·blocks]
+    float* parts;  // [PARTS, problems·blocks]: sum of terms, number of hits, temperature's gradient
 };
 static_assert(sizeof(Arguments) <= 4096, "a kernel's arguments");
 

@@ -44,8 +44,8 @@ def means_of(loss: Tensor, hits: Tensor, rows: list[int]) -> Tensor:
 
 
 def with_means(terms: Terms, problems: Problems) -> Terms:
-    """Terms of all rows, and their means if they are asked for."""
-    if problems.detail != "means":
+    """The same with means, if they are asked for and not there yet; these are made of all rows."""
+    if problems.detail != "means" or terms.means is not None:
         return terms
     return terms._replace(means=means_of(terms.loss, terms.hits, problems.rows))
 

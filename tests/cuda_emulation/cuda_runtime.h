@@ -1,7 +1,8 @@
 // Just enough of CUDA for g++ to run the kernels of csrc/cuda on one CPU core: every thread of a block is a fiber.
 //
 // Blocks run one after the other. A fiber runs until it meets others: at a barrier, or in what a warp does together.
-// HDC_EMULATION_ORDER=reverse lets the last thread run first: a race between barriers then shows as other results.
+// HDC_EMULATION_ORDER=reverse lets the last block and the last thread run first: a race between barriers then shows as
+// other results, and so does a sum in the order in which blocks end.
 // Asynchronous copies are made as late as the program allows, when they are waited for, or with
 // HDC_EMULATION_COPIES=early when they are asked for: what reads too soon or overwrites too soon shows the same way.
 #pragma once
@@ -71,6 +72,7 @@ struct Fiber {
 struct Block {
     std::vector<Fiber> fibers;
     Barrier all, named[16], warps[32];
+    int votes = 0;
     unsigned char exchanged[2][32][32][64];
     jmp_buf scheduler;
     std::function<void()> body;
@@ -121,6 +123,7 @@ inline bool is_set(const char* name, const char* value) {
     return found && !std::strcmp(found, value);
 }
 
+inline bool reversed() { return is_set("HDC_EMULATION_ORDER", "reverse"); }
 inline bool early_copies = false;
 
 inline void run_block() {
@@ -131,7 +134,7 @@ inline void run_block() {
         fiber.meetings = 0;
         fiber.copies.assign(1, {});
     }
-    const bool reverse = is_set("HDC_EMULATION_ORDER", "reverse");
+    const bool reverse = reversed();
     early_copies = is_set("HDC_EMULATION_COPIES", "early");
     for (bool running = true; running;) {
         running = false;
@@ -164,9 +167,18 @@ struct Together {
 inline dim3 &threadIdx = emulated::thread_index, &blockIdx = emulated::block_index, &gridDim = emulated::grid;
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, int(emulated::threads.x)); }
+inline int __syncthreads_count(int vote) {
+    int& votes = emulated::block.votes;
+    votes += vote != 0;
+    __syncthreads();
+    const int count = votes;
+    __syncthreads();
+    votes -= vote != 0;  // before whoever is ahead can meet the others again
+    return count;
+}
 inline void __threadfence() {}
 inline unsigned atomicMax(unsigned* to, unsigned value) { return std::exchange(*to, std::max(*to, value)); }
-inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+inline unsigned atomicInc(unsigned* to, unsigned most) { return std::exchange(*to, *to >= most ? 0 : *to + 1); }
 template <typename T>
 T __ldcg(const T* from) { return *from; }
 inline float __int_as_float(int bits) {
@@ -224,7 +236,9 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 threads,
     emulated::threads = threads;
     const Arguments arguments = *static_cast<Arguments*>(packed[0]);
     emulated::block.body = [&] { kernel(arguments); };
-    for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+    const unsigned blocks = grid.x * grid.y;
+    for (unsigned n = 0; n < blocks; ++n) {
+        const unsigned b = emulated::reversed() ? blocks - 1 - n : n;
         emulated::block_index = {b % grid.x, b / grid.x};
         emulated::dynamic.assign(shared / 4 + 8, 0x7fffffffu);  // NaN
         emulated::run_block();

@@ -19,9 +19,9 @@ void room(int rows, int columns, int depth, int element_bytes, int64_t most, int
     to[3] = found.bytes;
 }
 int64_t workspace(const HdcCudaCall* call, const HdcCudaProblem* problems) {
-    return hdc::cuda::small_workspace(*call, problems);
+    return hdc::cuda::small_workspace(*call, problems, emulated::processors);
 }
 int contrast(const HdcCudaCall* call, const HdcCudaProblem* problems) {
-    return hdc::cuda::small_contrast(*call, problems, nullptr);
+    return hdc::cuda::small_contrast(*call, problems, emulated::processors, nullptr);
 }
 }
