@@ -1,6 +1,7 @@
 """The counter by which the blocks of a launch find out which of them is the last, and adds up what all have left."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,9 +17,16 @@ def ticket(device: torch.device) -> Tensor:
         return torch.zeros(1, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return _of_stream(device, torch.cuda.current_stream(device).cuda_stream)
+    return _of_stream(torch.cuda.current_stream(device))
 
 
 @functools.cache
-def _of_stream(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _of_stream(stream: torch.cuda.Stream) -> Tensor:
+    # Made by another thread: before torch.compile captures a graph, this one's memory may come from the graph's
+    # pool, which would hand it out again.
+    def zero() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(1, dtype=torch.int32, device=stream.device)
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(zero).result()
