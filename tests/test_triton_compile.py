@@ -43,16 +43,22 @@ CASES = (
 # Small problems, everything in one launch; at most 128 rows where float32 is multiplied exactly.
 SMALL = (
     "sm_80:bfloat16:tf32:128:128:plain",
+    "sm_80:bfloat16:tf32:128:128:means",
     "sm_80:float16:tf32:256:256:symmetric",
     "sm_80:float32:ieee:128:256:symmetric",
     "sm_80:float32:tf32:256:128:symmetric",
     "sm_90:bfloat16:tf32:128:128:symmetric",
     "sm_90:bfloat16:tf32:128:128:symmetric+backward",
+    "sm_90:bfloat16:tf32:128:128:means",
+    "sm_90:float32:tf32:128:128:symmetric+means",
     "sm_90:bfloat16:tf32:256:256:plain",
+    "sm_90:bfloat16:tf32:256:256:total",
     "sm_90:float32:ieee:128:128:plain",
     "sm_90:float32:tf32:256:256:plain",
     "sm_100:bfloat16:tf32:128:128:plain",
     "sm_100:float32:tf32:128:128:plain",
+    "sm_100:bfloat16:tf32:128:128:means",
+    "gfx942:bfloat16:tf32:128:128:means",
     "gfx942:float16:tf32:128:128:symmetric",
     "gfx942:float32:tf32:256:256:plain",
 )

@@ -3,7 +3,8 @@
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
                                                      or target:dtype:augment:batch×frames
 
-"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only).
+"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only), and
+of small problems means, or total (nothing by row).
 
 No GPU takes part. The launches that `step`, `backward` or `augment_clips` makes are recorded, not run, and compiled
 with the same arguments' types for several targets; registers, stack and instructions are read from the binaries.
@@ -38,6 +39,7 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -76,10 +78,11 @@ def step(dtype: str, precision: str, rows: str, dimensions: str, what: str) -> l
     problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
     module = small if small.fits(problems) else general
     empty = outputs.empty_rows(problems)
+    rows = empty if problems.detail == "rows" else None
     dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     d_bias = () if module is small else (problems.bias,)
     upstream = torch.empty_like(empty.loss) if "backward" in what else None
-    return record(module, lambda: module.contrast(problems, empty, upstream, dx, dy, *d_bias))
+    return record(module, lambda: module.contrast(problems, rows, upstream, dx, dy, *d_bias))
 
 
 def augment(dtype: str, shape: str) -> list[Any]:
@@ -161,7 +164,8 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
     """Some problems of the kind that a case asks for."""
     # One problem is a launch of its own kind: Triton makes every 1 among the arguments a constant.
     count = 2 if "symmetric" in what else 1
-    x = (torch.empty(count, rows, dimensions, dtype=dtype),) * (1 if "ids" in what else count)
+    pairs = 6 if "means" in what else 1 if "ids" in what else count
+    x = (torch.empty(count, rows, dimensions, dtype=dtype),) * pairs
     ids = torch.empty(count, rows, dtype=torch.int64)
     function: Function = "info_nce"
     if "logsumexp" in what:
@@ -178,6 +182,7 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
         function=function,
         mask=Mask("diagonal" not in what, (ids, ids) if "ids" in what else None),
         bias=torch.empty(len(x) * count * rows) if "softplus" in what else None,
+        detail="means" if "means" in what else "total" if "total" in what else "rows",
     )
 
 
