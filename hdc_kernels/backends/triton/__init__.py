@@ -11,9 +11,9 @@ Launches of a loss with one run of pairs, as `tests/test_launches.py` counts the
     `general`    sum or mean              8             1, with 16-bit inputs 2
                  a term per row           4             6
 
-Means of every pair, as HD-NCE's metrics are, come with `small`'s one launch. Among the others are PyTorch's: `general`'s
-sum over what programs leave, two where it makes gradients, and the product with the upstream gradient and
-`call.in_dtype`, which are all of the backward pass where the forward pass has made the gradients.
+Means of every pair, as HD-NCE's metrics are, come with `small`'s one launch. Among the others are PyTorch's:
+`general`'s sum over what programs leave, two where it makes gradients, and the product with the upstream gradient
+and `call.in_dtype`, which are all of the backward pass where the forward pass has made the gradients.
 """
 
 from contextlib import AbstractContextManager, nullcontext
