@@ -2,7 +2,7 @@
 
 `tests/test_info_nce.py` holds the public functions against the paper; here is what is under them: several
 pairs at once, extra negatives, any upstream gradient, and memory. What half precision and small temperatures
-cost is in `test_contrast_precision.py`, other functions than InfoNCE and masks in `test_pairwise.py`.
+cost is in `test_contrast_precision.py`, other functions and masks in `test_contrast_functions.py`.
 """
 
 import itertools

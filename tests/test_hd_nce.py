@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from agreement import agree, no_worse_than_plain, weighted
 from embeddings import randn
+from hd_nce_scales import ALPHA, BETA, leaves, lists, pair, scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,35 +21,6 @@ from hdc_kernels.hd_nce import Pair
 BACKENDS = [b for b in get_args(Backend) if b not in ("triton", "cuda")]  # GPUs': elsewhere
 REDUCTIONS = get_args(Reduction)
 HALF = (torch.bfloat16, torch.float16)
-STEPS, WIDTHS = (4, 2, 1), (3, 5, 2)  # per scale: the encoder halves time, widths need not agree
-ALPHA, BETA = (0.25, 0.5, 1.0), (0.75, 0.0, 2.0)
-
-
-def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Pair:
-    """Two random views, the same whatever the order of the tests; leaves that require gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.randn((2, *shape), generator=generator, dtype=torch.float64).to(dtype)
-    return views[0].requires_grad_(), views[1].requires_grad_()
-
-
-def scales(batch: int, dtype: torch.dtype = torch.float64) -> tuple[list[Pair], list[Pair]]:
-    """Three spatial and three temporal pairs, no two alike."""
-    spatial = [
-        pair(batch, steps, width, seed=k, dtype=dtype)
-        for k, (steps, width) in enumerate(zip(STEPS, WIDTHS, strict=True))
-    ]
-    temporal = [pair(batch, width, seed=3 + k, dtype=dtype) for k, width in enumerate(WIDTHS)]
-    return spatial, temporal
-
-
-def leaves(spatial: list[Pair], temporal: list[Pair]) -> list[Tensor]:
-    """Every embedding batch, in the order of `equations.hd_nce_gradient`."""
-    return [view for views in (*spatial, *temporal) for view in views]
-
-
-def lists(pairs: list[Pair]) -> list[tuple[Any, Any]]:
-    """The same embeddings as plain Python."""
-    return [(first.tolist(), second.tolist()) for first, second in pairs]
 
 
 def cross_entropy(query: Tensor, key: Tensor, tau: float, **options: Any) -> Tensor:
@@ -371,53 +343,6 @@ def test_autocast_changes_nothing() -> None:
         strict=True,
     ):
         assert torch.equal(ours, exact)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_metrics(reduction: Reduction) -> None:
-    """Unweighted means per scale, whatever the reduction, and they do not change the loss."""
-    spatial, temporal = scales(6)
-    options: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "reduction": reduction}
-    loss, metrics = fused_hd_nce(spatial, temporal, **options, return_metrics=True)
-    assert torch.equal(loss, fused_hd_nce(spatial, temporal, **options))
-    for k, (v_o, v_s) in enumerate(lists(spatial)):
-        steps = range(STEPS[k])
-        expected = math.fsum(equations.spatial_contrast(v_o, v_s, 0.07)) / 6
-        assert metrics.spatial_loss[k].item() == pytest.approx(expected, rel=1e-6)
-        hits = [equations.top1(*(equations.timestep(v, n) for v in (v_o, v_s))) for n in steps]
-        share = sum(map(sum, hits)) / (6 * STEPS[k])
-        assert metrics.spatial_accuracy[k].item() == pytest.approx(share, rel=1e-6)
-    for k, views in enumerate(lists(temporal)):
-        expected = math.fsum(equations.info_nce(*views, 0.07)) / 6
-        assert metrics.temporal_loss[k].item() == pytest.approx(expected, rel=1e-6)
-        share = sum(equations.top1(*views)) / 6
-        assert metrics.temporal_accuracy[k].item() == pytest.approx(share, rel=1e-6)
-    for metric in metrics:
-        assert metric.shape == (3,)
-        assert metric.dtype == torch.float32
-        assert not metric.requires_grad
-
-
-@pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize(("batch", "width"), [(2, 3), (7, 5), (33, 128)])
-def test_a_collapsed_encoder_has_accuracy_zero(batch: int, width: int, dtype: torch.dtype) -> None:
-    """All embeddings equal: every similarity ties, and a tie is a miss."""
-    one = pair(width, dtype=dtype)[0].detach()
-    clips, videos = one.expand(batch, 2, width), one.expand(batch, width)
-    loss, metrics = fused_hd_nce(
-        [(clips, clips)], [(videos, videos)], alpha=[1.0], beta=[1.0], return_metrics=True
-    )
-    assert loss.item() == pytest.approx(2 * math.log(batch), rel=1e-5)
-    assert metrics.spatial_accuracy.tolist() == [0.0]
-    assert metrics.temporal_accuracy.tolist() == [0.0]
-
-
-def test_equal_views_have_accuracy_one() -> None:
-    """The other end: every query finds itself."""
-    views = pair(8, 4)[0]
-    _, metrics = fused_hd_nce([], [(views, views)], alpha=[], beta=[1.0], return_metrics=True)
-    assert metrics.temporal_accuracy.tolist() == [1.0]
-    assert metrics.spatial_loss.shape == metrics.spatial_accuracy.shape == (0,)
 
 
 @pytest.mark.parametrize(

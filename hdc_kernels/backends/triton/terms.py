@@ -84,7 +84,7 @@ def terms_kernel(
     shift,
     loss,  # [G, M]
     hits,
-    lse,  # float64; not written for "softplus"
+    lse,  # float64; without a meaning for "softplus"
     column_lse,
     weighted,  # [programs]: parts of Σ weight · loss
     bias,  # as the following for `_store_weights`, whose results they are; None without gradients
@@ -147,8 +147,7 @@ def terms_kernel(
         term = (term + _term(down, s, FUNCTION)) / 2
         tl.store(column_lse + flat, down, mask)
     tl.store(loss + flat, term, mask)
-    if FUNCTION != "softplus":
-        tl.store(lse + flat, row_lse, mask)
+    tl.store(lse + flat, row_lse, mask)
     hit = tl.zeros((ROWS,), tl.int1)
     if FUNCTION == "info_nce":
         hit = (tl.load(diagonal + padded, mask, 0.0) > top) & (term == term)
