@@ -102,12 +102,15 @@ class TransformedValue(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        mask, rest = ctx.saved_tensors[:MASK], ctx.saved_tensors[MASK:]
+        saved: list[Any] = list(ctx.saved_tensors)
         if torch.is_grad_enabled():
-            found = Gradient.apply(ctx.call, *mask, upstream, *rest)
+            found = Gradient.apply(ctx.call, *saved[:MASK], upstream, *saved[MASK:])
         else:
-            found = _gradient(ctx.call.with_tensors(*mask), upstream, *rest)
-        return None, *(None for _ in mask), *found
+            # The transform may have ended, as in `vjp`: what is left of its tensors has no memory of its own.
+            saved = [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in saved]
+            call = ctx.call.with_tensors(*saved[:MASK])
+            found = _gradient(call, upstream, *saved[MASK:])
+        return None, *(None,) * MASK, *found
 
 
 class Gradient(torch.autograd.Function):
