@@ -14,7 +14,7 @@ from gpu_problems import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdc_kernels import autograd, fused_hd_nce, fused_info_nce
+from hdc_kernels import autograd, call, fused_hd_nce, fused_info_nce
 
 triton_backend = pytest.importorskip("hdc_kernels.backends.triton", exc_type=ModuleNotFoundError)
 
@@ -25,7 +25,7 @@ GENERAL_STEP = {**GENERAL_TERMS, "gradient_kernel": 2, "unpack_kernel": 1, "sum"
 GENERAL_GRADIENT = {"pack_kernel": 1, "weights_kernel": 1, "gradient_kernel": 2, "unpack_kernel": 1}
 SMALL = {"contrast_kernel": 1}
 SCALE = {"_foreach_mul_": 1}  # multi-tensor kernels: one launch for all gradients
-SCALE_TO_HALF = {"_foreach_mul_": 1, "_foreach_copy_": 1}
+SCALE_TO_HALF = {"scale_kernel": 1}
 
 
 class Operators(TorchDispatchMode):
@@ -51,6 +51,7 @@ def launches(monkeypatch) -> Callable[[Callable[[], Any]], tuple[Any, dict[str, 
         type(kernel), "run", lambda self, *_, **__: found.update([self.fn.__name__])
     )
     monkeypatch.setattr(autograd, "_is_one", lambda _: False)  # on a GPU nobody asks
+    monkeypatch.setattr(call, "suits_triton", lambda _: True)
     kept = torch.zeros(1, dtype=torch.int32, device=DEVICE)  # as a stream's on a GPU
     monkeypatch.setattr(triton_backend.small, "ticket", lambda _: kept)
     before = torch.get_float32_matmul_precision()

@@ -2,12 +2,14 @@
 
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
                                                      or target:dtype:augment:batch×frames
+                                                     or target:dtype:scale:tensors
 
 "what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only), and
 of small problems means, or total (nothing by row).
 
-No GPU takes part. The launches that `step`, `backward` or `augment_clips` makes are recorded, not run, and compiled
-with the same arguments' types for several targets; registers, stack and instructions are read from the binaries.
+No GPU takes part. The launches that `step`, `backward`, `augment_clips` or `scale` makes are recorded, not run, and
+compiled with the same arguments' types for several targets; registers, stack and instructions are read from the
+binaries.
 TRITON_INTERPRET must not be set.
 """
 
@@ -28,7 +30,7 @@ from triton.compiler import ASTSource
 
 from hdc_kernels import augment_triton
 from hdc_kernels.backends import Function, Mask, Problems, outputs
-from hdc_kernels.backends.triton import general, small, tiles
+from hdc_kernels.backends.triton import general, scale, small, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -94,6 +96,16 @@ def augment(dtype: str, shape: str) -> list[Any]:
         augment_triton,
         lambda: augment_triton.augment(clips, *parameters, 112, getattr(torch, dtype)),
     )
+
+
+def scaling(dtype: str, tensors: str) -> list[Any]:
+    """The launch of `scale`, of the temperature's gradient and so many others."""
+    made = [torch.empty(()), *(torch.empty(128, 8, 128) for _ in range(int(tensors)))]
+    dtypes = [torch.float32, *[getattr(torch, dtype)] * int(tensors)]
+    return record(scale, lambda: scale.scale(made, made[0], dtypes))
+
+
+OTHERS = {"augment": augment, "scale": scaling}
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict]:
@@ -196,7 +208,10 @@ def main() -> None:
         for case in sys.argv[1:]:
             target, dtype, *rest = case.split(":")
             tiles.AMD = target.startswith("gfx")
-            launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(dtype, *rest)
+            if rest[0] in OTHERS:
+                launches = OTHERS[rest[0]](dtype, rest[1])
+            else:
+                launches = step(dtype, *rest)
             for kernel, args, options in launches:
                 compiled_source, flags = source(kernel, args, options)
                 compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)

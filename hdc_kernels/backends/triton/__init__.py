@@ -6,14 +6,15 @@ atomically: results are the same bit by bit from run to run, and a CUDA graph ma
 
 Launches of a loss with one run of pairs, as `tests/test_launches.py` counts them:
 
-    `small`      sum or mean      forward 1    backward 1, with 16-bit inputs 2
+    `small`      sum or mean      forward 1    backward 1
                  a term per row           1             1
-    `general`    sum or mean              8             1, with 16-bit inputs 2
+    `general`    sum or mean              8             1
                  a term per row           4             6
 
-Means of every pair, as HD-NCE's metrics are, come with `small`'s one launch. Among the others are PyTorch's:
-`general`'s sum over what programs leave, two where it makes gradients, and the product with the upstream gradient
-and `call.in_dtype`, which are all of the backward pass where the forward pass has made the gradients.
+Means of every pair, as HD-NCE's metrics are, come with `small`'s one launch. Where the forward pass has made the
+gradients, all of the backward pass is their product with the upstream gradient, by `scale` where they are rounded to
+16 bits, by PyTorch where they are not. PyTorch's is also `general`'s sum over what programs leave, two where it makes
+gradients.
 """
 
 from contextlib import AbstractContextManager, nullcontext
