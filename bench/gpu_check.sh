@@ -154,7 +154,7 @@ for line in record.read_text().splitlines():
     stages[name] = {"state": state, "seconds": int(seconds)}
     print(f"{name:16} {state:32} {seconds:>5} s")
 summary = {"stages": stages}
-for name in ("bf16", "float32", "augment"):
+for name in ("bf16", "float32", "augment", "scale"):
     path = out / f"bench-{name}.json"
     summary[f"bench-{name}"] = json.loads(path.read_text()) if path.exists() else None
 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
