@@ -7,7 +7,14 @@
 #include <omp.h>
 #endif
 
+#include "backward.h"
 #include "contrast_kernel.h"
+#include "forward.h"
+#include "gradients.h"
+#include "numbers.h"
+#include "pack.h"
+#include "softplus.h"
+#include "step.h"
 
 namespace HDC_ISA {
 namespace {

@@ -203,10 +203,10 @@ def contrast_gradient(
 
 
 @contrast_gradient.register_fake
-def empty_gradients(
+def fake_gradients(
     x: Sequence[Tensor], y: Sequence[Tensor], tau: Tensor | None, bias: Tensor | None, *_: Any
 ) -> list[Tensor]:
-    """Room for (dτ, dbias if any, *dx, *dy)."""
+    """(dτ, dbias if any, *dx, *dy) without their numbers: what tracing sees of an operator that makes them."""
     d_tau = x[0].new_empty((), dtype=reference.compute_dtype(x[0].dtype))
     return [*scalars(d_tau, bias), *(torch.empty_like(t) for t in (*x, *y))]
 

@@ -14,7 +14,7 @@ from hdc_kernels.distributed.rows import Rows
 from hdc_kernels.operators import (
     INPUTS,
     OPTIONS,
-    empty_gradients,
+    fake_gradients,
     flat,
     inputs_of,
     make_call,
@@ -130,7 +130,7 @@ def ring_gradients(
     return [gradient.clone() for gradient in found]  # no views of what travelled together
 
 
-ring_gradients.register_fake(empty_gradients)
+ring_gradients.register_fake(fake_gradients)
 
 
 @torch.library.custom_op(
