@@ -286,15 +286,15 @@ def _add_up(
         part = first + tl.arange(0, PARTS)
         if TERMS:
             problem = part // blocks
-            term = _part_of(parts, part, programs)
+            term = _read_parts(parts, part, programs)
             weighted += of_pair(weights, firsts, problem) * term
             if means is not None:
                 here = pair[:, None] == _pair_of(firsts, problem)[None, :]
-                hit = _part_of(parts + 2 * programs, part, programs)
+                hit = _read_parts(parts + 2 * programs, part, programs)
                 terms += tl.where(here, term[None, :], 0.0)
                 hits += tl.where(here, hit[None, :], 0.0)
         if GRADIENTS:
-            by_temperature += _part_of(parts + programs, part, programs)
+            by_temperature += _read_parts(parts + programs, part, programs)
     if TERMS:
         tl.store(total, tl.sum(weighted, 0))
         if means is not None:
@@ -309,7 +309,7 @@ def _add_up(
 
 
 @triton.jit
-def _part_of(parts, part, programs):
+def _read_parts(parts, part, programs):
     """Some of one kind of parts, 0 behind the last; past the L1 cache."""
     return tl.load(parts + part, part < programs, 0.0, cache_modifier=".cg")
 
