@@ -14,6 +14,8 @@ from hdc_kernels import call, fused_hd_nce
 
 scale = pytest.importorskip("hdc_kernels.backends.triton.scale", exc_type=ModuleNotFoundError)
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of float16's range
+
 HALVES = torch.bfloat16, torch.float16
 
 

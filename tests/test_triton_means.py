@@ -132,11 +132,12 @@ def test_nan_is_no_hit_and_stays_in_its_pair(detail):
     problems = make(SHAPES, noise=1e-3)._replace(detail=detail)
     assert triton_backend.forward(problems).total.isfinite()
     problems.x[1][0, 35, 3] = math.nan
+    problems.y[0][1, 25, 1] = math.nan  # in a column that is no row's positive
     terms, _ = triton_backend.step(problems)
     assert terms.total.isnan()
     if detail == "means":
-        assert terms.means[0].isnan().tolist() == [False, True, False]
-        assert terms.means[1].tolist() == [1, pytest.approx(35 / 36), 1]
+        assert terms.means[0].isnan().tolist() == [True, True, False]
+        assert terms.means[1].tolist() == [0.5, pytest.approx(35 / 36), 1]
 
 
 def test_a_tie_and_a_single_row():
