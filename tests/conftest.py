@@ -1,4 +1,4 @@
-"""Real video files whose frames carry their number, manifests of them, and compiled CUDA kernels."""
+"""Real video files whose frames carry their number, manifests of them, and the CUDA kernels' machine code."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -78,13 +78,13 @@ def list_videos(folder: Path, rows: Sequence[tuple[str, int, int, str, str]]) ->
 
 
 @pytest.fixture(scope="session")
-def compile_kernels(
+def read_kernels(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Path, str], cuda_objects.Compiled]:
-    """`cuda_objects.compile_kernels` in a folder that all processes of this test run share."""
+) -> Callable[[Path, str], list[cuda_objects.Kernel]]:
+    """`cuda_objects.read_kernels` in a folder that all processes of this test run share."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    return partial(cuda_objects.compile_kernels, folder)
+    return partial(cuda_objects.read_kernels, folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Several processes for tests of what they do together: all checks of one world size in one start."""
 
 import json
+import multiprocessing
 import time
 import traceback
 from collections.abc import Callable
@@ -31,8 +32,15 @@ def run(checks: dict[str, Check], world_size: int, folder: Path) -> dict[str, st
 
 def start(function: Callable[..., None], world_size: int, *arguments: object) -> None:
     """`function(rank, *arguments)` in a process for each rank; raises where one does, or none ends in time."""
-    context = torch.multiprocessing.spawn(
-        function, arguments, nprocs=world_size, join=False, daemon=True
+    # Forked from a server that has imported the library once: each would need seconds of its own for that.
+    multiprocessing.set_forkserver_preload(["hdc_kernels"])
+    context = torch.multiprocessing.start_processes(
+        function,
+        arguments,
+        nprocs=world_size,
+        join=False,
+        daemon=True,
+        start_method="forkserver",
     )
     assert context is not None
     deadline = time.monotonic() + SECONDS

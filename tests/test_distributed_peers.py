@@ -211,6 +211,6 @@ def wait_in_vain(rank: int, folder: str) -> None:
 
 def test_a_missing_rank(tmp_path: Path) -> None:
     """An error that says what was waited for, after the group's timeout."""
-    torch.multiprocessing.spawn(wait_in_vain, (str(tmp_path),), nprocs=2, daemon=True)
+    processes.start(wait_in_vain, 2, str(tmp_path))
     message = (tmp_path / "message").read_text()
     assert "rank 0 of 2 did not get the batch sizes from the other ranks" in message, message

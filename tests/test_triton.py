@@ -52,7 +52,7 @@ check = partial(gpu_problems.check, triton_backend)
 SHAPES = {
     "tails": [(2, 19, 23, 17)],
     "square": [(1, 37, 37, 24)],
-    "pairs": [(3, 20, 20, 24), (1, 20, 20, 24), (2, 33, 33, 7)],
+    "pairs": [(2, 20, 20, 24), (1, 20, 20, 24), (1, 33, 33, 7)],
     "blocks": [(1, 70, 100, 33)],
 }
 
@@ -86,10 +86,10 @@ def test_agrees_beyond_one_block(path, dtype, shape, symmetric):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_agrees_in_chunks_of_dimensions(path, dtype, symmetric):
     """Pairs of different depth, with more blocks of columns than of rows."""
-    shapes = [(1, 17, 17 if symmetric else 36, 136), (1, 20, 20, 24)]
+    shapes = [(1, 17, 17 if symmetric else 36, 136), (1, 9, 9, 24)]
     problems = make(shapes, getattr(torch, dtype), symmetric=symmetric)
     check(problems)
-    check(problems, torch.linspace(0.5, 2, 37, device=DEVICE))
+    check(problems, torch.linspace(0.5, 2, 26, device=DEVICE))
 
 
 @pytest.mark.parametrize("path", ["small"], indirect=True)
@@ -136,7 +136,7 @@ def test_upstream_differs_by_row(dtype, path, symmetric):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("noise", [None, 1e-3])
 def test_float32_is_accurate(path, noise, symmetric):
-    check(make([(1, 70, 70, 64)], noise=noise, symmetric=symmetric), bound=3e-6)
+    check(make([(1, 40, 40, 64)], noise=noise, symmetric=symmetric), bound=3e-6)
 
 
 @pytest.mark.parametrize(("dtype", "path"), HALF_MODES, indirect=["path"])
@@ -145,9 +145,20 @@ def test_half_precision_is_accurate_once_converged(dtype, path):
     check(problems)
 
 
-@pytest.mark.parametrize("path", ["general", "small"], indirect=True)
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
+# Only the general path chooses its passes by whether the temperature is learned.
+@pytest.mark.parametrize(
+    ("path", "symmetric", "learned"),
+    [
+        *(
+            ("general", symmetric, learned)
+            for symmetric in (False, True)
+            for learned in (False, True)
+        ),
+        ("small", False, True),
+        ("small", True, False),
+    ],
+    indirect=["path"],
+)
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.013, 0.07, 10.0])
 def test_every_temperature(path, temperature, symmetric, learned):
     value = torch.tensor([temperature], device=DEVICE) if learned else temperature
