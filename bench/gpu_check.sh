@@ -99,7 +99,8 @@ mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 if asked tests-gpu && [ ${#marked[@]} -gt 0 ]; then
     stage tests-gpu 600 "${tests[@]}" -m gpu "${marked[@]}"
 fi
-asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton{,_functions}.py tests/test_augment.py
+asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton{,_functions,_means}.py \
+    tests/test_{scale,augment}.py
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
 for backend in triton cuda; do
@@ -138,6 +139,8 @@ asked bench-float32 && stage bench-float32 900 "${compare[@]}" --dtype float32 -
     --out "$out/bench-float32.json"
 asked bench-augment && stage bench-augment 300 "${tests[@]}" bench/bench_augment.py --benchmark-only \
     --benchmark-json "$out/bench-augment.json"
+asked bench-scale && stage bench-scale 120 "${tests[@]}" bench/bench_scale.py --benchmark-only \
+    --benchmark-json "$out/bench-scale.json"
 
 "$python" - "$record" "$out" <<'EOF'
 import json
@@ -151,7 +154,7 @@ for line in record.read_text().splitlines():
     stages[name] = {"state": state, "seconds": int(seconds)}
     print(f"{name:16} {state:32} {seconds:>5} s")
 summary = {"stages": stages}
-for name in ("bf16", "float32", "augment"):
+for name in ("bf16", "float32", "augment", "scale"):
     path = out / f"bench-{name}.json"
     summary[f"bench-{name}"] = json.loads(path.read_text()) if path.exists() else None
 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hdc_kernels.backends import Terms
 from hdc_kernels.backends.outputs import NO_ROWS
-from hdc_kernels.call import Call, in_dtype, temperature_gradient
+from hdc_kernels.call import Call, in_dtype, scaled, temperature_gradient
 from hdc_kernels.selection import implementation
 
 MASK = 3  # tensors: `Call.without_tensors`
@@ -71,7 +71,7 @@ class Value(torch.autograd.Function):
         # The total's gradients are given away, not copied: a second pass makes new ones.
         ctx.made = None
         if not _is_one(upstream):
-            torch._foreach_mul_(list(made), upstream)
+            made = scaled(made, upstream, xy[0].dtype, scalars=_scalars(bias), in_place=True)
         return None, *_per_input(made, tau, bias, xy)
 
 
@@ -102,12 +102,15 @@ class TransformedValue(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        mask, rest = ctx.saved_tensors[:MASK], ctx.saved_tensors[MASK:]
+        saved: list[Any] = list(ctx.saved_tensors)
         if torch.is_grad_enabled():
-            found = Gradient.apply(ctx.call, *mask, upstream, *rest)
+            found = Gradient.apply(ctx.call, *saved[:MASK], upstream, *saved[MASK:])
         else:
-            found = _gradient(ctx.call.with_tensors(*mask), upstream, *rest)
-        return None, *(None for _ in mask), *found
+            # The transform may have ended, as in `vjp`: what is left of its tensors has no memory of its own.
+            saved = [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in saved]
+            call = ctx.call.with_tensors(*saved[:MASK])
+            found = _gradient(call, upstream, *saved[MASK:])
+        return None, *(None,) * MASK, *found
 
 
 class Gradient(torch.autograd.Function):
@@ -190,7 +193,12 @@ def _counted(terms: Terms) -> tuple[Tensor, ...]:
 
 def _made(call: Call, bias: Tensor | None) -> int:
     """How many tensors `_evaluate` keeps while all gradients are needed."""
-    return 1 if call.weights is None else (1 if bias is None else 2) + 2 * call.pairs
+    return 1 if call.weights is None else _scalars(bias) + 2 * call.pairs
+
+
+def _scalars(bias: Tensor | None) -> int:
+    """How many of a total's gradients are not by embeddings."""
+    return 1 if bias is None else 2
 
 
 def _gradient(
@@ -207,7 +215,7 @@ def _gradient(
         x, y = xy[: call.pairs], xy[call.pairs :]
         made = call.backward(tau, bias, x, y, made[0], upstream)
     else:
-        made = torch._foreach_mul(list(made), upstream)
+        made = scaled(made, upstream, xy[0].dtype, scalars=_scalars(bias), in_place=False)
     return _per_input(made, tau, bias, xy)
 
 

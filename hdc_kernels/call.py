@@ -16,7 +16,7 @@ from hdc_kernels.backends import (
     Terms,
     plain,
 )
-from hdc_kernels.selection import implementation
+from hdc_kernels.selection import implementation, suits_triton
 
 
 class Call(NamedTuple):
@@ -109,8 +109,32 @@ class Call(NamedTuple):
         return [*scalars, *gradients.x, *(gradients.y if self.needs_y else ())]
 
 
+def scaled(
+    made: Sequence[Tensor],
+    upstream: Tensor,
+    dtype: torch.dtype,
+    *,
+    scalars: int,
+    in_place: bool,
+) -> list[Tensor]:
+    """What `step` made, times the upstream gradient: in float32, since a loss scale may not fit into float16.
+
+    On a GPU all but the `scalars` in front are rounded to `dtype` in the same launch. What is not may be overwritten
+    `in_place`.
+    """
+    if made[-1].dtype != dtype and suits_triton(made[-1]):
+        from hdc_kernels.backends.triton.scale import scale
+
+        dtypes = [g.dtype if k < scalars else dtype for k, g in enumerate(made)]
+        return scale(made, upstream, dtypes)
+    if in_place:
+        torch._foreach_mul_(list(made), upstream)
+        return list(made)
+    return list(torch._foreach_mul(list(made), upstream))
+
+
 def in_dtype(gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Rounded, if they have to be: on a GPU in one launch, for HD-NCE's twelve tensors too."""
+    """Rounded, if they have to be: together, for HD-NCE's twelve tensors too."""
     if gradients[0].dtype == dtype:
         return list(gradients)
     found = [torch.empty_like(gradient, dtype=dtype) for gradient in gradients]

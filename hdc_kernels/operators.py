@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Detail, Mask, Terms
-from hdc_kernels.call import Call, in_dtype, temperature_gradient
+from hdc_kernels.call import Call, in_dtype, scaled, temperature_gradient
 from hdc_kernels.selection import implementation
 
 # What every operator takes: the embeddings, then what `make_call` and `Call.problems` make of the rest.
@@ -103,12 +103,12 @@ contrast_total.register_autograd(_total_backward, setup_context=_total_context)
 def contrast_scale(made: Sequence[Tensor], upstream: Tensor, xy: Sequence[Tensor]) -> list[Tensor]:
     """What `contrast_total` made, times the upstream gradient, in the dtypes of `xy` behind the scalars.
 
-    It is multiplied in float32: a loss scale may not fit into float16.
     An operator only so that it depends on `xy` and has no derivative by it: PyTorch then raises where a second
     derivative is asked for, which `made` alone would silently lack.
     """
-    scaled, first = torch._foreach_mul(list(made), upstream), len(made) - len(xy)
-    return [*scaled[:first], *in_dtype(scaled[first:], xy[0].dtype)]
+    dtype, first = xy[0].dtype, len(made) - len(xy)
+    found = scaled(made, upstream, dtype, scalars=first, in_place=False)
+    return [*found[:first], *in_dtype(found[first:], dtype)]
 
 
 @contrast_scale.register_fake

@@ -57,7 +57,7 @@ def select(
         return "cpu"  # before a device is named, which takes longer than all of this
     device, dtype = x[0].device.type, x[0].dtype
     if backend == "auto":
-        if dtype != torch.float64 and not single_entries and _suits_triton(x[0]):
+        if dtype != torch.float64 and not single_entries and suits_triton(x[0]):
             return "triton"
         logits = sum(
             a.numel() // a.shape[-1] * b.shape[0 if k < rows_first else -2]
@@ -88,13 +88,13 @@ def select(
 def select_for_clips(backend: str, clips: Tensor) -> str:
     """The backend of `augment_clips`: "auto" is "triton" under the same conditions, else "torch"."""
     if backend == "auto":
-        return "triton" if _suits_triton(clips) else "torch"
+        return "triton" if suits_triton(clips) else "torch"
     if backend == "triton":
         _check_triton(clips.device.type)
     return backend
 
 
-def _suits_triton(tensor: Tensor) -> bool:
+def suits_triton(tensor: Tensor) -> bool:
     """Whether "auto" means Triton where this tensor is."""
     return tensor.device.type == "cuda" and _has_triton() and _is_ampere(tensor)
 

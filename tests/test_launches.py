@@ -14,7 +14,7 @@ from gpu_problems import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdc_kernels import autograd, fused_hd_nce, fused_info_nce
+from hdc_kernels import autograd, call, fused_hd_nce, fused_info_nce
 
 triton_backend = pytest.importorskip("hdc_kernels.backends.triton", exc_type=ModuleNotFoundError)
 
@@ -23,9 +23,9 @@ NOT_LAUNCHED |= {"promote_types"}  # of dtypes
 GENERAL_TERMS = {"pack_kernel": 1, "logsumexp_kernel": 1, "terms_kernel": 1, "sum": 1}
 GENERAL_STEP = {**GENERAL_TERMS, "gradient_kernel": 2, "unpack_kernel": 1, "sum": 2}
 GENERAL_GRADIENT = {"pack_kernel": 1, "weights_kernel": 1, "gradient_kernel": 2, "unpack_kernel": 1}
-SMALL = {"contrast_kernel": 1, "sum": 1}
+SMALL = {"contrast_kernel": 1}
 SCALE = {"_foreach_mul_": 1}  # multi-tensor kernels: one launch for all gradients
-SCALE_TO_HALF = {"_foreach_mul_": 1, "_foreach_copy_": 1}
+SCALE_TO_HALF = {"scale_kernel": 1}
 
 
 class Operators(TorchDispatchMode):
@@ -51,6 +51,9 @@ def launches(monkeypatch) -> Callable[[Callable[[], Any]], tuple[Any, dict[str, 
         type(kernel), "run", lambda self, *_, **__: found.update([self.fn.__name__])
     )
     monkeypatch.setattr(autograd, "_is_one", lambda _: False)  # on a GPU nobody asks
+    monkeypatch.setattr(call, "suits_triton", lambda _: True)
+    kept = torch.zeros(1, dtype=torch.int32, device=DEVICE)  # as a stream's on a GPU
+    monkeypatch.setattr(triton_backend.small, "ticket", lambda _: kept)
     before = torch.get_float32_matmul_precision()
 
     def count(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
@@ -68,7 +71,7 @@ def pair(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def hd_nce(batch: int, depths: tuple[int, ...], dtype: torch.dtype):
+def hd_nce(batch: int, depths: tuple[int, ...], dtype: torch.dtype, metrics: bool = False):
     """The paper's 17 problems: 8, 4 and 2 timesteps, and 3 temporal pairs."""
     scales = list(zip((8, 4, 2), depths, strict=True))
     spatial = [pair(batch, steps, depth, dtype=dtype) for steps, depth in scales]
@@ -76,7 +79,7 @@ def hd_nce(batch: int, depths: tuple[int, ...], dtype: torch.dtype):
     inputs = [tensor for both in spatial + temporal for tensor in both]
     weights = (0.25, 0.5, 1.0)
     return inputs, lambda: fused_hd_nce(
-        spatial, temporal, alpha=weights, beta=weights, backend="triton"
+        spatial, temporal, alpha=weights, beta=weights, backend="triton", return_metrics=metrics
     )
 
 
@@ -89,6 +92,7 @@ def counted(launches, problem) -> tuple[dict[str, int], dict[str, int]]:
     """Of the forward and of the backward pass."""
     inputs, loss = problem
     value, forward = launches(loss)
+    value = value[0] if isinstance(value, tuple) else value  # beside metrics
     upstream = torch.ones_like(value)
     _, backward = launches(lambda: torch.autograd.grad(value, inputs, upstream))
     return forward, backward
@@ -114,6 +118,14 @@ def test_a_loss_and_its_gradients(launches, dtype, products, batch, small):
     expected = SMALL if small else GENERAL_STEP, SCALE if dtype == "float32" else SCALE_TO_HALF
     assert counted(launches, hd_nce(batch, (128,) * 3, kind)) == expected
     assert counted(launches, info_nce(batch, kind)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_metrics_take_no_launch_more(launches, dtype):
+    kind = getattr(torch, dtype)
+    torch.set_float32_matmul_precision("high")
+    expected = SMALL, SCALE if dtype == "float32" else SCALE_TO_HALF
+    assert counted(launches, hd_nce(128, (128,) * 3, kind, metrics=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -43,16 +43,22 @@ CASES = (
 # Small problems, everything in one launch; at most 128 rows where float32 is multiplied exactly.
 SMALL = (
     "sm_80:bfloat16:tf32:128:128:plain",
+    "sm_80:bfloat16:tf32:128:128:means",
     "sm_80:float16:tf32:256:256:symmetric",
     "sm_80:float32:ieee:128:256:symmetric",
     "sm_80:float32:tf32:256:128:symmetric",
     "sm_90:bfloat16:tf32:128:128:symmetric",
     "sm_90:bfloat16:tf32:128:128:symmetric+backward",
+    "sm_90:bfloat16:tf32:128:128:means",
+    "sm_90:float32:tf32:128:128:symmetric+means",
     "sm_90:bfloat16:tf32:256:256:plain",
+    "sm_90:bfloat16:tf32:256:256:total",
     "sm_90:float32:ieee:128:128:plain",
     "sm_90:float32:tf32:256:256:plain",
     "sm_100:bfloat16:tf32:128:128:plain",
     "sm_100:float32:tf32:128:128:plain",
+    "sm_100:bfloat16:tf32:128:128:means",
+    "gfx942:bfloat16:tf32:128:128:means",
     "gfx942:float16:tf32:128:128:symmetric",
     "gfx942:float32:tf32:256:256:plain",
 )
@@ -63,6 +69,13 @@ CLIPS = (
     "sm_100:bfloat16:augment:128×16",
     "gfx942:bfloat16:augment:128×16",
 )
+SCALE = (
+    "sm_80:float16:scale:2",
+    "sm_90:bfloat16:scale:12",
+    "sm_100:bfloat16:scale:12",
+    "gfx942:bfloat16:scale:12",
+)
+ALL = CASES + SMALL + CLIPS + SCALE
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +84,24 @@ def kernels() -> dict[str, list[dict[str, Any]]]:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("triton_resources.py")
     done = subprocess.run(
-        [sys.executable, script, *CASES, *SMALL, *CLIPS],
+        [sys.executable, script, *ALL],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES + SMALL + CLIPS}
+    found: dict[str, list[dict[str, Any]]] = {case: [] for case in ALL}
     for line in done.stdout.splitlines():
         kernel = json.loads(line)
         found[kernel["case"]].append(kernel)
     return found
 
 
-@pytest.mark.parametrize("case", CASES + SMALL + CLIPS)
+@pytest.mark.parametrize("case", ALL)
 def test_nothing_spills_and_everything_fits(kernels, case):
     general = 5 if "backward" in case else 6
-    assert len(kernels[case]) == (general if case in CASES else 1 if case in SMALL else 2)
+    launches = general if case in CASES else 2 if case in CLIPS else 1
+    assert len(kernels[case]) == launches
     for kernel in kernels[case]:
         assert kernel["private"] == kernel["spills"] == 0, kernel
         assert kernel["shared"] <= SHARED[case.split(":")[0]], kernel

@@ -2,11 +2,14 @@
 
     python tests/triton_resources.py "case" ...      a case is target:dtype:precision:rows:dimensions:what
                                                      or target:dtype:augment:batch×frames
+                                                     or target:dtype:scale:tensors
 
-"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only).
+"what" is "plain" or words joined by "+": symmetric, ids, diagonal (left out), logsumexp, softplus, backward (only), and
+of small problems means, or total (nothing by row).
 
-No GPU takes part. The launches that `step`, `backward` or `augment_clips` makes are recorded, not run, and compiled
-with the same arguments' types for several targets; registers, stack and instructions are read from the binaries.
+No GPU takes part. The launches that `step`, `backward`, `augment_clips` or `scale` makes are recorded, not run, and
+compiled with the same arguments' types for several targets; registers, stack and instructions are read from the
+binaries.
 TRITON_INTERPRET must not be set.
 """
 
@@ -27,7 +30,7 @@ from triton.compiler import ASTSource
 
 from hdc_kernels import augment_triton
 from hdc_kernels.backends import Function, Mask, Problems, outputs
-from hdc_kernels.backends.triton import general, small, tiles
+from hdc_kernels.backends.triton import general, scale, small, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,6 +41,7 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -76,10 +80,11 @@ def step(dtype: str, precision: str, rows: str, dimensions: str, what: str) -> l
     problems = make(getattr(torch, dtype), int(rows), int(dimensions), set(what.split("+")))
     module = small if small.fits(problems) else general
     empty = outputs.empty_rows(problems)
+    rows = empty if problems.detail == "rows" else None
     dx, dy = (outputs.empty_gradients(pair, torch.float32) for pair in (problems.x, problems.y))
     d_bias = () if module is small else (problems.bias,)
     upstream = torch.empty_like(empty.loss) if "backward" in what else None
-    return record(module, lambda: module.contrast(problems, empty, upstream, dx, dy, *d_bias))
+    return record(module, lambda: module.contrast(problems, rows, upstream, dx, dy, *d_bias))
 
 
 def augment(dtype: str, shape: str) -> list[Any]:
@@ -91,6 +96,16 @@ def augment(dtype: str, shape: str) -> list[Any]:
         augment_triton,
         lambda: augment_triton.augment(clips, *parameters, 112, getattr(torch, dtype)),
     )
+
+
+def scaling(dtype: str, tensors: str) -> list[Any]:
+    """The launch of `scale`, of the temperature's gradient and so many others."""
+    made = [torch.empty(()), *(torch.empty(128, 8, 128) for _ in range(int(tensors)))]
+    dtypes = [torch.float32, *[getattr(torch, dtype)] * int(tensors)]
+    return record(scale, lambda: scale.scale(made, made[0], dtypes))
+
+
+OTHERS = {"augment": augment, "scale": scaling}
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict]:
@@ -161,7 +176,8 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
     """Some problems of the kind that a case asks for."""
     # One problem is a launch of its own kind: Triton makes every 1 among the arguments a constant.
     count = 2 if "symmetric" in what else 1
-    x = (torch.empty(count, rows, dimensions, dtype=dtype),) * (1 if "ids" in what else count)
+    pairs = 6 if "means" in what else 1 if "ids" in what else count
+    x = (torch.empty(count, rows, dimensions, dtype=dtype),) * pairs
     ids = torch.empty(count, rows, dtype=torch.int64)
     function: Function = "info_nce"
     if "logsumexp" in what:
@@ -178,6 +194,7 @@ def make(dtype: torch.dtype, rows: int, dimensions: int, what: set[str]) -> Prob
         function=function,
         mask=Mask("diagonal" not in what, (ids, ids) if "ids" in what else None),
         bias=torch.empty(len(x) * count * rows) if "softplus" in what else None,
+        detail="means" if "means" in what else "total" if "total" in what else "rows",
     )
 
 
@@ -191,7 +208,10 @@ def main() -> None:
         for case in sys.argv[1:]:
             target, dtype, *rest = case.split(":")
             tiles.AMD = target.startswith("gfx")
-            launches = augment(dtype, rest[1]) if rest[0] == "augment" else step(dtype, *rest)
+            if rest[0] in OTHERS:
+                launches = OTHERS[rest[0]](dtype, rest[1])
+            else:
+                launches = step(dtype, *rest)
             for kernel, args, options in launches:
                 compiled_source, flags = source(kernel, args, options)
                 compiled = triton.compile(compiled_source, target=TARGETS[target], options=flags)

@@ -1,28 +1,35 @@
 """The Triton backend: GPUs, and CPU tensors under Triton's interpreter.
 
 Small problems are for `small`, one launch for all of them; others for `general`, a handful of launches for
-every run of pairs of the same shape. No launch synchronises, reads a temperature on the host or adds
+every run of pairs of the same shape. No launch synchronises, reads a temperature on the host or adds numbers
 atomically: results are the same bit by bit from run to run, and a CUDA graph may capture them.
 
 Launches of a loss with one run of pairs, as `tests/test_launches.py` counts them:
 
-    `small`      sum or mean      forward 2    backward 1, with 16-bit inputs 2
-                 a term per row           2             2
-    `general`    sum or mean              8             1, with 16-bit inputs 2
+    `small`      sum or mean      forward 1    backward 1
+                 a term per row           1             1
+    `general`    sum or mean              8             1
                  a term per row           4             6
 
-Among them are PyTorch's: one sum over what programs leave (`general` takes two where it makes gradients), and the
-product with the upstream gradient and `call.in_dtype`, which are all of the backward pass where the forward pass has
-made the gradients.
+Means of every pair, as HD-NCE's metrics are, come with `small`'s one launch. Where the forward pass has made the
+gradients, all of the backward pass is their product with the upstream gradient, by `scale` where they are rounded to
+16 bits, by PyTorch where they are not. PyTorch's is also `general`'s sum over what programs leave, two where it makes
+gradients.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from hdc_kernels.backends import Gradients, Problems, Terms, plain
-from hdc_kernels.backends.outputs import LSE_DTYPE, Rows, empty_gradients, empty_rows, with_means
+from hdc_kernels.backends.outputs import (
+    LSE_DTYPE,
+    NO_ROWS,
+    empty_gradients,
+    empty_rows,
+    with_means,
+)
 from hdc_kernels.backends.triton import general, small, tilted
 from hdc_kernels.backends.triton.arithmetic import INTERPRET
 
@@ -35,10 +42,7 @@ def forward(problems: Problems) -> Terms:
     """The terms of every row."""
     if problems.function == "tilted":
         return tilted.forward(problems, forward)
-    problems = _readable(problems)
-    rows = empty_rows(problems)
-    total, _ = _launch(problems, rows, None, None, None, None)
-    return with_means(Terms(total, *rows, _ranks(problems)), problems)
+    return _launch(_readable(problems), None, None, None)[0]
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
@@ -52,8 +56,12 @@ def _backward(problems: Problems, lse: Tensor, upstream: Tensor, dtype: torch.dt
     given, problems = problems, _readable(problems)
     dx, dy = (empty_gradients(tensors, dtype) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
-    rows = empty_rows(problems)._replace(lse=lse)
-    _, d_temperature = _launch(problems, rows, upstream.contiguous(), dx, dy, d_bias)
+    rows, upstream = empty_rows(problems)._replace(lse=lse), upstream.contiguous()
+    with _on(problems):
+        if small.fits(problems):
+            _, d_temperature, _ = small.contrast(problems, rows, upstream, dx, dy)
+        else:
+            _, d_temperature = general.contrast(problems, rows, upstream, dx, dy, d_bias)
     return Gradients(dx, dy, d_temperature, d_bias).ungrouped(given)
 
 
@@ -67,11 +75,9 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
         ]
         return terms, _backward(problems, terms.lse, torch.cat(weights), terms.loss.dtype)
     given, problems = problems, _readable(problems)
-    rows = empty_rows(problems)
     dx, dy = (empty_gradients(tensors, torch.float32) for tensors in (problems.x, problems.y))
     d_bias = _empty_bias(problems)
-    total, d_temperature = _launch(problems, rows, None, dx, dy, d_bias)
-    terms = with_means(Terms(total, *rows, _ranks(problems)), problems)
+    terms, d_temperature = _launch(problems, dx, dy, d_bias)
     return terms, Gradients(dx, dy, d_temperature, d_bias).ungrouped(given)
 
 
@@ -117,14 +123,22 @@ def _readable(problems: Problems) -> Problems:
 
 def _launch(
     problems: Problems,
-    rows: Rows,
-    upstream: Tensor | None,
     dx: tuple[Tensor, ...] | None,
     dy: tuple[Tensor, ...] | None,
     d_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    device = problems.x[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+) -> tuple[Terms, Tensor]:
+    """The terms and, with dx and dy, which are filled in, the temperature's gradient."""
+    with _on(problems):
         if small.fits(problems):
-            return small.contrast(problems, rows, upstream, dx, dy)
-        return general.contrast(problems, rows, upstream, dx, dy, d_bias)
+            rows = empty_rows(problems) if problems.detail == "rows" else None
+            total, d_temperature, means = small.contrast(problems, rows, None, dx, dy)
+            return Terms(total, *(rows or NO_ROWS), _ranks(problems), means), d_temperature
+        rows = empty_rows(problems)
+        total, d_temperature = general.contrast(problems, rows, None, dx, dy, d_bias)
+        return with_means(Terms(total, *rows, _ranks(problems)), problems), d_temperature
+
+
+def _on(problems: Problems) -> AbstractContextManager[object]:
+    """While their device is the current one, Triton launches on it."""
+    device = problems.x[0].device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

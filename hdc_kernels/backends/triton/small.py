@@ -11,14 +11,16 @@ A program owns BLOCK rows of a problem, or as many columns, and waits for no oth
     1. logsumexps of its rows, or of the rows whose positives its columns are; if symmetric, of such columns too
     2. terms and hits, if it owns rows
     3. its gradient, from its positives and the other side's vectors, a block at a time
+    4. if it owns rows and is the last of those to come here: the total, the means and the gradient by the
+       temperature, out of the parts that all of them have left
 
 There the other side's vectors are weighted with probabilities of rows (if symmetric, of columns too), so who
 owns columns needs the logsumexp of every row. It takes them block by block as it comes to them: one product
 more, the same in every such program, which run beside each other where a second launch would have to wait.
 Logsumexps of an earlier launch it reads instead.
 
-Embeddings are read through their own strides, from the cache when it is not for the first time, and nothing
-but results is written.
+Embeddings are read through their own strides, from the cache when it is not for the first time, and little
+but results is written: three numbers a program.
 
 On paper, for the 17 problems on an H100: 136 programs on 132 multiprocessors, each of at most 1.75 products of
 4.2 MFLOP. In bf16 (7.5 TFLOP/s a multiprocessor) these take 1 µs; 14 tiles, which are loaded, normalised and
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from hdc_kernels.backends import Problems
 from hdc_kernels.backends.outputs import Rows
+from hdc_kernels.backends.tickets import ticket
 from hdc_kernels.backends.triton import tiles
 from hdc_kernels.backends.triton.addressing import matrix_of_pair, of_pair
 from hdc_kernels.backends.triton.arithmetic import (
@@ -58,6 +61,7 @@ from hdc_kernels.backends.triton.memory import precision, strides
 LONGEST = 256
 LONGEST_EXACT = 128  # in float32 without tensor cores
 WIDEST = 256  # dimensions, which registers must hold
+PARTS = 128  # that the last program reads at a time
 
 
 @triton.jit
@@ -76,10 +80,14 @@ def contrast_kernel(
     weights,  # K numbers: what TERMS are totalled with
     upstream,  # [T], without TERMS
     temperature,  # a number or a pointer to one
-    loss,  # [T]
-    hits,  # [T]
-    lse,  # [1 or 2, T] float64; without TERMS, to read
-    parts,  # [2, ΣG · blocks], of the total and of the gradient by the temperature
+    loss,  # [T], or None where nothing is kept per row
+    hits,  # [T], or None
+    lse,  # [1 or 2, T] float64, or None; without TERMS, to read
+    parts,  # [3, ΣG · blocks], of what `_add_up` adds up
+    ticket,  # 0 before the launch and after
+    total,
+    means,  # [2, K], or None where they are not asked for
+    d_temperature,
     T,
     G,
     blocks,  # of the longest side
@@ -93,6 +101,7 @@ def contrast_kernel(
     OTHER: tl.constexpr,  # vectors that logsumexps take at a time
     DEPTH: tl.constexpr,  # dimensions that a product takes at a time
     BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     block = tl.program_id(0) % blocks
     problem = (tl.program_id(0) // blocks % G).to(tl.int64)
@@ -104,9 +113,11 @@ def contrast_kernel(
         N = tl.where(here, sizes[pair][1], N)
         D = tl.where(here, sizes[pair][2], D)
     first_row = of_pair(starts, firsts, problem) + (problem - of_pair(firsts, firsts, problem)) * M
-    loss += first_row
-    hits += first_row
-    lse += first_row
+    if loss is not None:
+        loss += first_row
+        hits += first_row
+    if lse is not None:
+        lse += first_row
     upstream += first_row
     # A block beyond the end of its problem has nothing to do.
     ended = block * BLOCK >= tl.where(owns_rows, M, N)
@@ -132,14 +143,18 @@ def contrast_kernel(
                 keys, queries, row, k, NORMALIZE, PRECISION, OTHER, DEPTH, BLOCK_D
             )
             term = (term + softplus(_gap(column_lse, positive, k))) / 2
+        hit = (own_cosine > row_lse[0]) & (term == term) & mask
         if owns_rows:
-            tl.store(lse + row, _joined(row_lse, k), mask)
-            if SYMMETRIC:
-                tl.store(lse + T + row, _joined(column_lse, k), mask)
-            tl.store(loss + row, term, mask)
-            tl.store(hits + row, (own_cosine > row_lse[0]) & (term == term), mask)
-            total = tl.sum(tl.where(mask, term, 0.0), 0)
-            tl.store(parts + tl.program_id(0), weight * total)
+            if loss is not None:
+                tl.store(lse + row, _joined(row_lse, k), mask)
+                if SYMMETRIC:
+                    tl.store(lse + T + row, _joined(column_lse, k), mask)
+                tl.store(loss + row, term, mask)
+                tl.store(hits + row, hit, mask)
+            tl.store(parts + tl.program_id(0), tl.sum(tl.where(mask, term, 0.0), 0))
+            if means is not None:
+                hit_part = parts + 2 * blocks * G + tl.program_id(0)
+                tl.store(hit_part, tl.sum(hit.to(tl.float32), 0))
     else:
         row_lse = _saved(lse, row, M, k)
         if SYMMETRIC:
@@ -155,7 +170,6 @@ def contrast_kernel(
         if not SYMMETRIC:
             summed = tl.where(owns_rows, 0, N)
         summed_by_others = own_start, own_stride, summed, D
-        others_lse = tl.where(owns_rows, lse + T, lse)
 
         u = _upstream(upstream, weight, row, M, TERMS, SYMMETRIC)
         row_weight = u * sigmoid(_gap(row_lse, positive, k))
@@ -186,6 +200,7 @@ def contrast_kernel(
                     BLOCK_D,
                 )
             else:
+                others_lse = tl.where(owns_rows, lse + T, lse)
                 their_lse = _saved(others_lse, column, tl.minimum(summed, M), k)
             their_positive = _positives(queries, keys, column, NORMALIZE, BLOCK_D)
             u = _upstream(upstream, weight, column, M, TERMS, SYMMETRIC)
@@ -215,6 +230,97 @@ def contrast_kernel(
         tl.store(elements, narrow(gradient, dx[0].dtype.element_ty), inside)
         if owns_rows:
             tl.store(parts + blocks * G + tl.program_id(0), -scale * tl.sum(along, 0))
+
+    if owns_rows:
+        # Parts are stored, being scalars, by the thread that then draws the ticket and releases them; the barrier
+        # keeps this order whoever stores them. Whoever draws the last ticket acquires the parts of all, and what it
+        # drew reaches its other threads through a barrier of Triton's. They read past L1, which is not coherent.
+        tl.debug_barrier()
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == blocks * G - 1:
+            _add_up(
+                parts,
+                blocks,
+                G,
+                T,
+                weights,
+                firsts,
+                starts,
+                total,
+                means,
+                d_temperature,
+                TERMS,
+                GRADIENTS,
+                PARTS,
+            )
+            tl.store(ticket, 0)
+
+
+@triton.jit
+def _add_up(
+    parts,
+    blocks,
+    G,
+    T,
+    weights,
+    firsts,
+    starts,
+    total,
+    means,
+    d_temperature,
+    TERMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The sums of all programs' parts, in an order that does not depend on who adds them up.
+
+    A program's parts are the sum of its terms, its gradient by the temperature, and how many of its rows are hits.
+    """
+    PAIRS: tl.constexpr = triton.next_power_of_2(len(firsts))
+    programs = blocks * G
+    pair = tl.arange(0, PAIRS)
+    weighted = tl.zeros((PARTS,), tl.float32)
+    by_temperature = tl.zeros((PARTS,), tl.float32)
+    terms = tl.zeros((PAIRS, PARTS), tl.float32)
+    hits = tl.zeros((PAIRS, PARTS), tl.float32)
+    for first in range(0, programs, PARTS):
+        part = first + tl.arange(0, PARTS)
+        if TERMS:
+            problem = part // blocks
+            term = _read_parts(parts, part, programs)
+            weighted += of_pair(weights, firsts, problem) * term
+            if means is not None:
+                here = pair[:, None] == _pair_of(firsts, problem)[None, :]
+                hit = _read_parts(parts + 2 * programs, part, programs)
+                terms += tl.where(here, term[None, :], 0.0)
+                hits += tl.where(here, hit[None, :], 0.0)
+        if GRADIENTS:
+            by_temperature += _read_parts(parts + programs, part, programs)
+    if TERMS:
+        tl.store(total, tl.sum(weighted, 0))
+        if means is not None:
+            rows = T - starts[len(starts) - 1]
+            for k in tl.static_range(len(starts) - 1):
+                rows = tl.where(pair == k, starts[k + 1] - starts[k], rows)
+            there = pair < len(starts)
+            tl.store(means + pair, tl.sum(terms, 1) / rows, there)
+            tl.store(means + len(starts) + pair, tl.sum(hits, 1) / rows, there)
+    if GRADIENTS:
+        tl.store(d_temperature, tl.sum(by_temperature, 0))
+
+
+@triton.jit
+def _read_parts(parts, part, programs):
+    """Some of one kind of parts, 0 behind the last; past the L1 cache."""
+    return tl.load(parts + part, part < programs, 0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _pair_of(firsts, problem):
+    """The numbers of the pairs that some problems belong to."""
+    pair = tl.zeros_like(problem)
+    for k in tl.static_range(1, len(firsts)):
+        pair += (problem >= firsts[k]).to(tl.int32)
+    return pair
 
 
 @triton.jit
@@ -370,12 +476,12 @@ def _upstream(upstream, weight, row, M, TERMS: tl.constexpr, SYMMETRIC: tl.const
 
 def contrast(
     problems: Problems,
-    terms: Rows,
+    rows: Rows | None,
     upstream: Tensor | None,
     dx: tuple[Tensor, ...] | None,
     dy: tuple[Tensor, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """As `general.contrast`: fill in terms and gradients, return the total and the temperature's."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `general.contrast`, with the means if they are asked for. Without rows, nothing is kept per row."""
     firsts, starts, sizes = [0], [0], []
     for x, y in zip(problems.x, problems.y, strict=True):
         firsts.append(firsts[-1] + x.shape[0])
@@ -386,7 +492,11 @@ def contrast(
     tile = tiles.small_tiles(columns, dimensions, problems.x[0].dtype)
     blocks = triton.cdiv(columns, tile.own)
     sides = 1 if dx is None or not problems.needs_y else 2
-    parts = terms.loss.new_empty(2, G * blocks)
+    device = problems.x[0].device
+    # Not views of one tensor: in the backward pass, the gradient is changed in place.
+    total, d_temperature = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    means = total.new_empty(2, len(problems.x)) if problems.detail == "means" else None
+    parts = total.new_empty(3, G * blocks)
     dx_or_any, dy_or_any = dx or problems.x, dy or problems.y  # not touched without gradients
     contrast_kernel[(sides * G * blocks,)](
         problems.x,
@@ -398,10 +508,14 @@ def contrast(
         tuple(starts),
         tuple(sizes),
         problems.weights,
-        terms.loss if upstream is None else upstream,
+        parts if upstream is None else upstream,
         problems.temperature,
-        *terms,
+        *(rows or (None, None, None)),
         parts,
+        ticket(device),
+        total,
+        means,
+        d_temperature,
         T,
         G,
         blocks,
@@ -415,11 +529,11 @@ def contrast(
         OTHER=tile.other,
         DEPTH=tile.depth,
         BLOCK_D=tile.width,
+        PARTS=PARTS,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    total, d_temperature = parts.sum(1)
-    return total, d_temperature
+    return total, d_temperature, means
 
 
 def fits(problems: Problems) -> bool:
