@@ -7,10 +7,6 @@
 #include <cstdlib>
 #include <utility>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace HDC_ISA {
 
 // What a thread's last call gave back, for its next one: fresh pages from the system cost as much as a tenth
@@ -47,20 +43,9 @@ class Kept {
 };
 
 class Scratch {
-    static constexpr size_t ALIGNMENT = 64, HUGE_PAGE = 2 << 20;
+    static constexpr size_t ALIGNMENT = 64;
     char* memory = nullptr;
     size_t used = 0, most = ALIGNMENT;  // of this layout; of all, or what was allocated
-
-    // Whole pages of 2 MiB wherever they fit: at 8,192 × 128, small ones cost 5,000 faults, 3 % of a step, and
-    // every panel more entries than the processor has for addresses.
-    static void* from_system(size_t size) {
-        const size_t alignment = size < HUGE_PAGE ? ALIGNMENT : HUGE_PAGE;
-        void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-#ifdef MADV_HUGEPAGE
-        if (memory && size >= HUGE_PAGE) madvise(memory, size / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-#endif
-        return memory;
-    }
 
   public:
     Scratch() = default;
@@ -83,7 +68,7 @@ class Scratch {
     // Gets as much as the largest layout so far needs; false if there is not so much.
     bool allocate() {
         memory = static_cast<char*>(Kept::of_this_thread().take(most));
-        if (!memory) memory = static_cast<char*>(from_system(most));
+        if (!memory) memory = static_cast<char*>(std::aligned_alloc(ALIGNMENT, most));
         return memory != nullptr;
     }
 };
