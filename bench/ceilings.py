@@ -17,16 +17,21 @@ FMA = "float32 multiply-adds, flop/s"
 COPY = "copy on the device, bytes/s"
 MATMUL = "bf16 matmul, flop/s"
 
+FEWEST_FLOPS = 50e6  # 0.3 ms of a core with AVX-512: much longer than it takes to begin
 
-def of(device: str, threads: int) -> Ceilings:
-    """Those that can be measured: on a CPU it takes g++."""
+
+def of(device: str, threads: int, flops: float) -> Ceilings:
+    """Those that can be measured: on a CPU it takes g++, and about as long as that many flop.
+
+    A shorter loop would find a better clock, and fewer neighbours, than what it is a ceiling of.
+    """
     if device == "cuda":
         return {COPY: _copy_rate(), MATMUL: _matmul_rate()}
     compiler = shutil.which("g++")
-    return {FMA: _fma_rate(compiler, threads)} if compiler else {}
+    return {FMA: _fma_rate(compiler, threads, flops)} if compiler else {}
 
 
-def _fma_rate(compiler: str, threads: int) -> Callable[[], float]:
+def _fma_rate(compiler: str, threads: int, flops: float) -> Callable[[], float]:
     source = Path(__file__).with_name("fma_peak.cpp")
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
@@ -34,12 +39,12 @@ def _fma_rate(compiler: str, threads: int) -> Callable[[], float]:
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
         loop = ctypes.CDLL(str(library)).flops_per_second
     loop.restype = ctypes.c_double
-    loop.argtypes = [ctypes.c_long]
+    loop.argtypes = [ctypes.c_double]
     pool = ThreadPoolExecutor(threads)  # ctypes lets go of Python's lock
 
     def measure() -> float:
         time.sleep(0.01)  # PyTorch's own threads spin for a while after their last work
-        return sum(pool.map(loop, [100_000] * threads))
+        return sum(pool.map(loop, [max(flops / threads, FEWEST_FLOPS)] * threads))
 
     return measure
 

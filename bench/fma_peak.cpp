@@ -13,8 +13,10 @@ constexpr int BYTES = 16;
 typedef float Vector __attribute__((vector_size(BYTES)));
 constexpr int CHAINS = 16;
 
-// Floating-point operations a second over `rounds` passes through all chains.
-extern "C" double flops_per_second(long rounds) {
+// Floating-point operations a second, over about as many as are asked for.
+extern "C" double flops_per_second(double flops) {
+    const double pass = 2.0 * (BYTES / sizeof(float)) * CHAINS;
+    const long rounds = static_cast<long>(flops / pass) + 1;
     Vector chain[CHAINS];
     for (int c = 0; c < CHAINS; c++) chain[c] = Vector{} + float(c);
     // Not constants, or the compiler would do the work itself.
@@ -32,5 +34,5 @@ extern "C" double flops_per_second(long rounds) {
     for (int c = 0; c < CHAINS; c++) sum += chain[c];
     volatile float used = sum[0];
     (void)used;
-    return 2.0 * (BYTES / sizeof(float)) * CHAINS * rounds / taken.count();
+    return pass * rounds / taken.count();
 }

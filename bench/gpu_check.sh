@@ -99,7 +99,7 @@ mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 if asked tests-gpu && [ ${#marked[@]} -gt 0 ]; then
     stage tests-gpu 600 "${tests[@]}" -m gpu "${marked[@]}"
 fi
-asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton{,_functions,_means}.py \
+asked tests-triton && stage tests-triton 900 "${tests[@]}" tests/test_triton{,_functions,_means,_operators}.py \
     tests/test_{scale,augment}.py
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)

@@ -70,7 +70,7 @@ def measure_case(
             results[contender.name] = entry.result
         else:
             results[contender.name] = entry
-    limits = ceilings.of(case.device, spec["threads"])
+    limits = ceilings.of(case.device, spec["threads"], case.flops)
     heights = _rounds(entries, sets, limits, spec["seconds"])
     ours = next((entry for entry in entries if entry.contender.name == OURS), None)
     for entry in entries:
