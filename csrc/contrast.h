@@ -41,6 +41,7 @@ struct HdcCall {
     double temperature;
     double beta;           // TILTED only
     void* total;           // [1]: Σ weight·term                     written by FORWARD, STEP
+    void* means;           // [2, problems] or null: of terms, and share of hits, both of which it then needs; as total
     void* terms;           // [T]                                    written by FORWARD, STEP
     uint8_t* hits;         // [T]: the positive beats all negatives  written by FORWARD, STEP
     int64_t* ranks;        // [T] or null: how many columns the diagonal does not beat, as hits; not where it is one

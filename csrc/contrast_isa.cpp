@@ -131,6 +131,19 @@ class Calculation {
         }
     }
 
+    // Of every pair, from what was written for its rows.
+    void fill_means() const {
+        T* means = static_cast<T*>(call.means);
+        int64_t row = 0;
+        for (int64_t k = 0; k < call.problems; k++) {
+            const int64_t first = row, count = problems[k].groups * problems[k].rows;
+            double terms = 0, hits = 0;
+            for (; row < first + count; row++) terms += static_cast<const T*>(call.terms)[row], hits += call.hits[row];
+            means[k] = T(terms / double(count));
+            means[call.problems + k] = T(hits / double(count));
+        }
+    }
+
   public:
     Calculation(const HdcCall& call, const HdcProblem* problems) : call(call), problems(problems) {
         for (int64_t k = 0; k < call.problems; k++)
@@ -162,6 +175,7 @@ class Calculation {
         add(together);
         if (call.task != HDC_BACKWARD) *static_cast<T*>(call.total) = T(total);
         if (call.task != HDC_FORWARD) *static_cast<T*>(call.d_temperature) = T(d_temperature);
+        if (call.means) fill_means();
         return 0;
     }
 };

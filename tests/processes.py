@@ -2,11 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,8 @@ def start(function: Callable[..., None], world_size: int, *arguments: object) ->
     """`function(rank, *arguments)` in a process for each rank; raises where one does, or none ends in time."""
     # Forked from a server that has imported the library once: each would need seconds of its own for that.
     multiprocessing.set_forkserver_preload(["hdc_kernels"])
+    with patch.dict(os.environ, PYTHONSAFEPATH="1"):  # the installed one, not the sources beside
+        forkserver.ensure_running()
     context = torch.multiprocessing.start_processes(
         function,
         arguments,

@@ -170,7 +170,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                             run.masked ? mask.y_ids[k].data() : nullptr, entries ? mask.starts.data() : nullptr,
                             entries ? mask.left_out.data() : nullptr});
     }
-    const Buffer total(1, wide), terms(rows, wide), lse(rows * sums, HDC_FLOAT64), slope(1, wide);
+    const Buffer total(1, wide), means(2 * int64_t(shapes.size()), wide), terms(rows, wide), lse(rows * sums, HDC_FLOAT64), slope(1, wide);
     const std::unique_ptr<uint8_t[]> hits(new uint8_t[size_t(rows)]);
     const std::unique_ptr<int64_t[]> ranks(new int64_t[size_t(rows)]);
     Buffer upstream(rows, wide), bias(rows, wide);
@@ -196,6 +196,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
                  0.5,
                  0.7,
                  total.at(0),
+                 per_row && run.task != HDC_BACKWARD ? means.at(0) : nullptr,
                  per_row ? terms.at(0) : nullptr,
                  per_row ? hits.get() : nullptr,
                  ranked ? ranks.get() : nullptr,
@@ -221,6 +222,7 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
     const bool may_be_empty = run.masked || run.function == HDC_LOGSUMEXP || run.function == HDC_TILTED;  // then a logarithm of 0 is −inf
     if (!may_be_empty) total.require_finite("total");
     if (!may_be_empty && per_row) terms.require_finite("terms");
+    if (!may_be_empty && per_row && run.task != HDC_BACKWARD) means.require_finite("means");
     int64_t row = 0;
     for (const Shape& s : shapes)
         for (int64_t i = 0; i < s.groups * s.rows; i++, row++) {

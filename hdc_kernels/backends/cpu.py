@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdc_kernels import reference
 from hdc_kernels.backends import Function, Gradients, Problems, Terms
-from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows, with_means
+from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
 
@@ -26,7 +26,7 @@ _FUNCTIONS: dict[Function, int] = {"info_nce": 0, "logsumexp": 1, "softplus": 2,
 # A thread's least share, in multiply-adds of one product of matrices: 64 queries and keys in 128 dimensions. With two
 # threads on two cores, 96 take 61 µs in place of 71, but 64 take 45 in place of 37.
 LEAST_SHARE = 2**19
-_CALL = struct.Struct("10q2d9P")  # struct HdcCall
+_CALL = struct.Struct("10q2d10P")  # struct HdcCall
 _PROBLEM = struct.Struct("P3qP3qP3qP3q4qd4P")  # struct HdcProblem
 
 
@@ -55,7 +55,7 @@ def forward(problems: Problems) -> Terms:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
     terms = _empty_terms(problems)
     _call(_FORWARD, problems, terms, None, None)
-    return with_means(terms, problems)
+    return terms
 
 
 def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
@@ -71,7 +71,7 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
     terms = _empty_terms(problems)
     gradients = _empty_gradients(problems, terms.total.dtype)
     _call(_STEP, problems, terms, gradients, None)
-    return with_means(terms, problems), gradients
+    return terms, gradients
 
 
 def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
@@ -95,7 +95,8 @@ def _empty_terms(problems: Problems) -> Terms:
         return Terms(total, *NO_ROWS)
     rows = empty_rows(problems)
     ranks = torch.empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None
-    return Terms(total, *rows, ranks)
+    means = total.new_empty(2, len(problems.x)) if problems.detail == "means" else None
+    return Terms(total, *rows, ranks, means)
 
 
 def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
@@ -184,6 +185,7 @@ def _call(
         float(problems.temperature),
         problems.beta,
         terms.total.data_ptr(),
+        _address(terms.means),
         terms.loss.data_ptr(),
         terms.hits.data_ptr(),
         _address(terms.ranks),
