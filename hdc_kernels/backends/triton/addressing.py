@@ -17,6 +17,15 @@ def of_pair(values, firsts, problem):
 
 
 @triton.jit
+def pair_of(firsts, problem):
+    """The numbers of the pairs that some problems belong to."""
+    pair = tl.zeros_like(problem)
+    for k in tl.static_range(1, len(firsts)):
+        pair += (problem >= firsts[k]).to(tl.int32)
+    return pair
+
+
+@triton.jit
 def matrix_of_pair(tensors, strides, firsts, problem):
     """Where a problem's matrix starts, in whichever pair's tensor it is, and the stride of its rows.
 

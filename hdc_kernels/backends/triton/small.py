@@ -56,12 +56,12 @@ from hdc_kernels.backends.triton.arithmetic import (
     unit_rows_backward,
 )
 from hdc_kernels.backends.triton.memory import precision, strides
+from hdc_kernels.backends.triton.totals import PARTS, add_up
 
 # Rows or columns; beyond, the repeated product costs more than the launches that it saves.
 LONGEST = 256
 LONGEST_EXACT = 128  # in float32 without tensor cores
 WIDEST = 256  # dimensions, which registers must hold
-PARTS = 128  # that the last program reads at a time
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def contrast_kernel(
     loss,  # [T], or None where nothing is kept per row
     hits,  # [T], or None
     lse,  # [1 or 2, T] float64, or None; without TERMS, to read
-    parts,  # [3, ΣG · blocks], of what `_add_up` adds up
+    parts,  # [3, ΣG · blocks], of what `add_up` adds up
     ticket,  # 0 before the launch and after
     total,
     means,  # [2, K], or None where they are not asked for
@@ -237,7 +237,7 @@ def contrast_kernel(
         # drew reaches its other threads through a barrier of Triton's. They read past L1, which is not coherent.
         tl.debug_barrier()
         if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == blocks * G - 1:
-            _add_up(
+            add_up(
                 parts,
                 blocks,
                 G,
@@ -253,74 +253,6 @@ def contrast_kernel(
                 PARTS,
             )
             tl.store(ticket, 0)
-
-
-@triton.jit
-def _add_up(
-    parts,
-    blocks,
-    G,
-    T,
-    weights,
-    firsts,
-    starts,
-    total,
-    means,
-    d_temperature,
-    TERMS: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """The sums of all programs' parts, in an order that does not depend on who adds them up.
-
-    A program's parts are the sum of its terms, its gradient by the temperature, and how many of its rows are hits.
-    """
-    PAIRS: tl.constexpr = triton.next_power_of_2(len(firsts))
-    programs = blocks * G
-    pair = tl.arange(0, PAIRS)
-    weighted = tl.zeros((PARTS,), tl.float32)
-    by_temperature = tl.zeros((PARTS,), tl.float32)
-    terms = tl.zeros((PAIRS, PARTS), tl.float32)
-    hits = tl.zeros((PAIRS, PARTS), tl.float32)
-    for first in range(0, programs, PARTS):
-        part = first + tl.arange(0, PARTS)
-        if TERMS:
-            problem = part // blocks
-            term = _read_parts(parts, part, programs)
-            weighted += of_pair(weights, firsts, problem) * term
-            if means is not None:
-                here = pair[:, None] == _pair_of(firsts, problem)[None, :]
-                hit = _read_parts(parts + 2 * programs, part, programs)
-                terms += tl.where(here, term[None, :], 0.0)
-                hits += tl.where(here, hit[None, :], 0.0)
-        if GRADIENTS:
-            by_temperature += _read_parts(parts + programs, part, programs)
-    if TERMS:
-        tl.store(total, tl.sum(weighted, 0))
-        if means is not None:
-            rows = T - starts[len(starts) - 1]
-            for k in tl.static_range(len(starts) - 1):
-                rows = tl.where(pair == k, starts[k + 1] - starts[k], rows)
-            there = pair < len(starts)
-            tl.store(means + pair, tl.sum(terms, 1) / rows, there)
-            tl.store(means + len(starts) + pair, tl.sum(hits, 1) / rows, there)
-    if GRADIENTS:
-        tl.store(d_temperature, tl.sum(by_temperature, 0))
-
-
-@triton.jit
-def _read_parts(parts, part, programs):
-    """Some of one kind of parts, 0 behind the last; past the L1 cache."""
-    return tl.load(parts + part, part < programs, 0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _pair_of(firsts, problem):
-    """The numbers of the pairs that some problems belong to."""
-    pair = tl.zeros_like(problem)
-    for k in tl.static_range(1, len(firsts)):
-        pair += (problem >= firsts[k]).to(tl.int32)
-    return pair
 
 
 @triton.jit
