@@ -250,14 +250,15 @@ void contrast(const Run& run, const std::vector<Shape>& shapes) {
 }  // namespace
 
 int main() {
+    // A panel has 256 rows.
     const std::vector<std::vector<Shape>> square = {
-        {{1, 1, 1, 1}}, {{1, 7, 7, 3}}, {{1, 129, 129, 33}}, {{3, 9, 9, 17}, {1, 2, 2, 40}}, {{1, 260, 260, 5}}};  // of 256 rows is a panel
+        {{1, 1, 1, 1}}, {{1, 7, 7, 3}}, {{1, 129, 129, 33}}, {{3, 9, 9, 17}, {1, 2, 2, 40}}, {{1, 260, 260, 5}}};
     const std::vector<std::vector<Shape>> wide = {
         {{1, 1, 2, 1}}, {{2, 6, 8, 64}}, {{1, 5, 257, 31}, {5, 3, 4, 2}, {1, 1, 1, 9}}, {{1, 255, 256, 16}}};
     int64_t calls = 0;
     for (int64_t task = HDC_FORWARD; task <= HDC_STEP; task++)
         for (int64_t dtype = HDC_FLOAT64; dtype <= HDC_FLOAT16; dtype++)
-            for (int64_t threads = 1; threads <= 3; threads++)
+            for (const int64_t threads : {1, 3})  // 3: one group on all, and a group for each
                 for (int64_t symmetric = 0; symmetric <= 1; symmetric++) {
                     const bool rounds = hdc_has_bfloat16() && (dtype == HDC_FLOAT32 || dtype == HDC_BFLOAT16);
                     const auto each = [&](const std::vector<Shape>& shapes) {
