@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out, result = given.family_into, json.loads(given.family_into.read_text())
         given.device, given.dtype = (result["settings"][what] for what in ("device", "dtype"))
     else:
-        result = measure(given)
-        name = f"{given.device}-{result['machine']['date'][:10]}.json"
+        description = machine.describe()
+        name = f"{given.device}-{description['date'][:10]}.json"
         out = given.out or HERE / "results" / name
-        atomic.write_json(out, result)
+        for result in measure(given, description):
+            atomic.write_json(out, result)
     if given.family or given.family_into:
         measure_family(given, result)
-    atomic.write_json(out, result)
+        atomic.write_json(out, result)
     report.show(result)
     print(f"\nstored in {out}")
 
@@ -127,8 +128,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Memory first, which tells what will not fit; then time; then accuracy."""
+def measure(given: argparse.Namespace, description: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Memory first, which tells what will not fit; then accuracy; then time: the result again after each run of it."""
     cpu, spec = given.device == "cpu", _spec(given)
     memory: list[dict[str, Any]] = []
     if cpu:
@@ -136,15 +137,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         cases = _cases(given, probed + given.sizes)
         memory = _child("memory", {**spec, "cases": cases}, PINNED)
         spec["barred"] = _barred(memory)
-    runs = []
-    for threads in given.threads if cpu else [torch.get_num_threads()]:
-        for allocator, environment in _allocators(given).items():
-            cases = [_case(given, "overhead", 1), *_cases(given, given.sizes)]
-            timed = {**spec, "threads": threads, "cases": cases}
-            cases = _child("measure", timed, environment, f"{allocator}, threads: {threads}")
-            runs.append({"allocator": allocator, "threads": threads, "cases": cases})
-    return {
-        "machine": machine.describe(),
+    result: dict[str, Any] = {
+        "machine": description,
         "settings": {
             "device": given.device,
             "dtype": given.dtype,
@@ -159,10 +153,19 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             problem: {contender.name: contender.note for contender in roster.of(problem)}
             for problem in ("InfoNCE", "HD-NCE", "overhead")
         },
-        "runs": runs,
-        "memory": memory if cpu else runs[0]["cases"],
+        "runs": [],
+        "memory": memory,
         "accuracy": accuracy.run(given.device),
     }
+    for threads in given.threads if cpu else [torch.get_num_threads()]:
+        for allocator, environment in _allocators(given).items():
+            cases = [_case(given, "overhead", 1), *_cases(given, given.sizes)]
+            timed = {**spec, "threads": threads, "cases": cases}
+            cases = _child("measure", timed, environment, f"{allocator}, threads: {threads}")
+            result["runs"].append({"allocator": allocator, "threads": threads, "cases": cases})
+            if not cpu:
+                result["memory"] = cases  # measured on the way
+            yield result
 
 
 def measure_family(given: argparse.Namespace, result: dict[str, Any]) -> None:
