@@ -103,9 +103,10 @@ class Options(NamedTuple):
             divisor = count if self.reduction == "mean" else 1
             value = value + (excess.sum() / divisor if summed else excess)
         if not summed:
-            value = reduce(
-                value.view(shape), self.reduction, self.sample_weights, queries, count=count
-            )
+            by_row = value.view(shape)
+            value = reduce(by_row, self.reduction, self.sample_weights, queries, count=count)
+            if value is by_row and excess is None and self.return_metrics:
+                terms = terms.clone()  # metrics stay as they are when the loss is changed in place
         elif queries is not None:
             value = queries.total(value)
         if not self.return_metrics:

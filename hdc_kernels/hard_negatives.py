@@ -186,7 +186,8 @@ def fused_hn_nce(
     if not return_metrics:
         return value
     assert ranks is not None
-    terms = terms.detach()
+    # Metrics stay as they are when somebody changes the loss in place.
+    terms = terms.detach().clone() if value is terms else terms.detach()
     return value, InfoNCEMetrics(terms, accuracy(ranks), ranks, terms + positive.detach())
 
 
