@@ -182,7 +182,7 @@ def fused_info_nce(
             query, key, options, symmetric=symmetric, mask=mask, queries=queries, keys=keys
         )
     if queries is not None and negatives.dim() == 2:
-        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
+        (shared,) = meet(queries.ranks, negatives.device, len(negatives), names=("negatives",))
     found = _against(query, key, negatives, in_batch, queries, keys, shared, options)
     excess = None
     if label_smoothing:
