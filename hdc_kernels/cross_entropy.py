@@ -97,7 +97,7 @@ class Options(NamedTuple):
         value, terms = found.value, found.terms
         summed = value.dim() == 0
         if excess is not None:
-            excess = self.label_smoothing * excess.flatten()
+            excess = float(self.label_smoothing) * excess.flatten()
             if self.return_metrics:
                 terms = terms + excess.detach()
             divisor = count if self.reduction == "mean" else 1

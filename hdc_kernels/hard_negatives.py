@@ -165,7 +165,7 @@ def fused_hn_nce(
             "backend": backend,
         }
         if beta > 0:
-            found = sums("tilted", x, y, beta=beta, **options)
+            found = sums("tilted", x, y, beta=float(beta), **options)
             lse = found.value + counts.clamp_min(1).log()
         else:  # all weights are 1
             found = sums("logsumexp", x, y, **options)
