@@ -146,6 +146,8 @@ def test_errors() -> None:
     labels, mask = torch.arange(3), torch.eye(3)
     with pytest.raises(ValueError, match="contrast_mode is 'two'; it must be one of 'all', 'one'"):
         SupConLoss(contrast_mode="two")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="base_temperature is 0; it must be positive and finite"):
+        SupConLoss(base_temperature=0)
     with pytest.raises(ValueError, match=r"features has shape \[3, 4\]; it must be \[B, V, ...\]"):
         SupConLoss()(x[:, 0])
     with pytest.raises(TypeError, match="features is a list"):

@@ -35,7 +35,7 @@ class SupConLoss(nn.Module):
         super().__init__()
         check_temperature(temperature)
         check_choice("contrast_mode", contrast_mode, ContrastMode)
-        check_temperature(base_temperature)
+        check_temperature(base_temperature, "base_temperature")
         check_process_group(process_group)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
