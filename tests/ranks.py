@@ -162,6 +162,12 @@ def mistake() -> None:
     at_step(fail, rank=1, step=1)
 
 
+def vanish() -> None:
+    """Move the videos away once the first batch is read."""
+    (data,) = (Path(one.removeprefix("--data=")) for one in sys.argv if one.startswith("--data="))
+    at_step(lambda: data.rename(data.with_name("away")), rank=0, step=0)
+
+
 def at_fit(action: Callable[[], None]) -> None:
     """Call `action` where rank 0 fits the linear probe, and the others wait."""
     fit = hdc.probe.fit_linear
@@ -188,6 +194,7 @@ FAULTS = {
     "hang": hang,
     "full-disk": full_disk,
     "mistake": mistake,
+    "vanish": vanish,
     "long-fit": long_fit,
     "killed-fit": killed_fit,
 }

@@ -227,6 +227,21 @@ def test_error_is_one_line(
     assert state(tmp_path)["step"] == 1
 
 
+def test_disk_that_vanishes(videos: Path, tmp_path: Path) -> None:
+    """All ranks find the same, that no rank could read anything; the checkpoint before it stays."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(videos, data)
+    done = torchrun(2, "fault", "vanish", "pretrain", f"--data={data}", f"--out={out}", *TRAIN)
+    assert done.returncode != 0
+    (line,) = said(done)
+    assert line.startswith(
+        "hdc-train: training stopped at step 1: of a batch of 8 videos (batch_size), fewer than 2 can be "
+        f"read, e.g. {data}/"
+    )
+    assert line.endswith(f"; the last good checkpoint is {out}/checkpoint.pt")
+    assert state(out)["step"] == 1
+
+
 def test_rank_0_may_work_long(videos: Path, one: Path, tmp_path: Path) -> None:
     """Twice as long as a rank may be silent elsewhere, in the fit of the linear probe."""
     options = [f"--data={videos}", f"--out={tmp_path}", *PROBE]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdc import checkpoint
+from hdc import checkpoint, training
 from hdc.config import FinetuneConfig, PretrainConfig
 from hdc.data.clips import ClipConfig
 from hdc.data.manifest import read_manifest
@@ -166,6 +167,66 @@ def test_corrupt_video_is_skipped_counted_and_named(
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["unreadable"] != []
 
 
+@pytest.mark.parametrize("batch_size", [8, 4])
+def test_disk_that_vanishes(
+    batch_size: int, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends, its last checkpoint is of the last step with videos, and resumed it knows no difference.
+
+    A batch of 4 may be bad luck, two of them are not.
+    """
+    manifest = read_manifest(videos / "manifest.csv")
+    ours = {"batch_size": batch_size, "epochs": 6, "checkpoint_every": 1}
+    pretrain(settings(videos, tmp_path / "undisturbed", **ours), manifest)
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(videos, data)
+    copy = read_manifest(data / "manifest.csv")
+    seed = training.step_seed
+
+    def vanish(value: int, step: int) -> int:
+        if step == 4:  # whose videos have been read
+            data.rename(away)
+        return seed(value, step)
+
+    run = settings(data, tmp_path / "run", **ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step_seed", vanish)
+        with pytest.raises(InputError) as found:
+            pretrain(run, copy)
+    step = {8: 5, 4: 6}[batch_size]
+    assert str(found.value).startswith(
+        f"training stopped at step {step}: of a batch of {batch_size} videos (batch_size), fewer than 2 "
+        f"can be read, e.g. {data}"
+    )
+    assert str(found.value).endswith(
+        f": no such file or directory; the last good checkpoint is {tmp_path}/run/checkpoint.pt"
+    )
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 5
+
+    away.rename(data)
+    assert pretrain(replace(run, resume=True), copy).unreadable == []
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    for name, value in weights(tmp_path / "undisturbed").items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def test_batches_that_are_never_large_enough(videos: Path, tmp_path: Path) -> None:
+    """Two videos, one of them broken: no step has what a contrastive loss needs, so there is no result."""
+    data = tmp_path / "data"
+    shutil.copytree(videos, data)
+    manifest = read_manifest(data / "manifest.csv")
+    pair = manifest.take(np.flatnonzero(manifest.columns["split1"] == "train")[:2])
+    pair.file(1).write_bytes(b"")
+    for epochs, step in ((3, 3), (100, 7)):  # short of `TOO_MANY_LOST`, and not
+        message = (
+            rf"training stopped at step {step}: of a batch of 2 videos \(batch_size\), fewer than 2"
+        )
+        run = settings(data, tmp_path / "run", batch_size=2, epochs=epochs, checkpoint_every=1)
+        with pytest.raises(InputError, match=message):
+            pretrain(run, pair)
+        assert not list((tmp_path / "run").glob("*.pt"))
+
+
 def test_divergence_keeps_the_last_good_checkpoint(videos: Path, tmp_path: Path) -> None:
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path, epochs=1), manifest)
@@ -230,6 +291,30 @@ def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: P
     assert torch.allclose(pre[name], fine[name], atol=1e-9)
     assert not torch.allclose(pre[name], scratch[name], atol=1e-3)
     assert fine["classifier.weight"].shape == (5, pre[name].shape[0])
+
+
+def test_one_run_at_a_time_in_a_folder(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one ends, the first one does not notice."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path / "undisturbed"), manifest)
+    monkeypatch.setattr("hdc.lock.SECONDS_TO_WAIT", 0.2)
+    seed, refused = training.step_seed, []
+
+    def second(value: int, step: int) -> int:
+        if not refused:
+            with pytest.raises(
+                InputError, match=f"^another hdc-train is at work in {tmp_path}/run$"
+            ):
+                pretrain(settings(videos, tmp_path / "run", seed=1, resume=True), manifest)
+            refused.append(step)
+        return seed(value, step)
+
+    monkeypatch.setattr(training, "step_seed", second)
+    pretrain(settings(videos, tmp_path / "run"), manifest)
+    assert refused == [0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
 def test_finetuning_needs_every_class_in_the_training_list(videos: Path, tmp_path: Path) -> None:
