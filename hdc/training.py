@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     "workers",
     "device",
     "checkpoint_every",
+    "keep_every",
     "log_every",
 }
 # So many unreadable videos without a step between them mean that the disk is gone. Fewer may be chance: a batch
@@ -136,8 +137,12 @@ def train(
             )
 
         def save_what_is_due() -> None:
+            keep = config.keep_every > 0 and step % (config.keep_every * steps_per_epoch) == 0
+            if keep:
+                save(checkpoint.kept(out, step // steps_per_epoch))
+            due = keep or step % config.checkpoint_every == 0
             # Whoever resumes begins before the lost videos, in case they are back.
-            if step == total or (step % config.checkpoint_every == 0 and not lost):
+            if step == total or (due and not lost):
                 save(path)
 
         def update(batch: Batch, share: Share) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -1,5 +1,6 @@
 """The training loop: killed and resumed runs, corrupt videos, and every way it refuses to go on."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from hdc import checkpoint, training
-from hdc.config import FinetuneConfig, PretrainConfig
+from hdc.config import FinetuneConfig, PretrainConfig, RetrieveConfig
 from hdc.data.clips import ClipConfig
 from hdc.data.manifest import read_manifest
 from hdc.data.synthetic import make_dataset
@@ -26,6 +27,7 @@ from hdc.finetune import finetune
 from hdc.optimizer import OptimizerConfig
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
+from hdc.retrieval import retrieve
 from hdc.views import AugmentConfig
 
 TINY = [
@@ -291,6 +293,77 @@ def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: P
     assert torch.allclose(pre[name], fine[name], atol=1e-9)
     assert not torch.allclose(pre[name], scratch[name], atol=1e-3)
     assert fine["classifier.weight"].shape == (5, pre[name].shape[0])
+
+
+def test_finetuning_one_video_at_a_time(videos: Path, tmp_path: Path) -> None:
+    """Every readable video is a step, and a single broken one is no reason to stop."""
+    data = tmp_path / "data"
+    shutil.copytree(videos, data)
+    manifest = read_manifest(data / "manifest.csv")
+    manifest.rows("train", 1).file(3).write_bytes(b"")
+    config = FinetuneConfig(
+        data=str(data),
+        out=str(tmp_path / "run"),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        augment=AugmentConfig(crop_size=28),
+        epochs=2,
+        batch_size=1,
+        device="cpu",
+        log_every=1,
+        checkpoint_every=1,
+        keep_every=1,
+    )
+    assert len(finetune(config, manifest).unreadable) == 1
+    assert len(losses(tmp_path / "run")) == 2 * 19
+    first, last = (
+        torch.load(tmp_path / "run" / name, weights_only=True)["model"]
+        for name in ("checkpoint-1.pt", "checkpoint-2.pt")
+    )
+    assert not any(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_checkpoints_that_stay(videos: Path, tmp_path: Path) -> None:
+    """Of every second epoch: each is what a run of so many epochs ends with."""
+    manifest = read_manifest(videos / "manifest.csv")
+    whole = settings(videos, tmp_path / "whole", epochs=5, keep_every=2, checkpoint_every=3)
+    pretrain(whole, manifest)
+    assert sorted(path.name for path in (tmp_path / "whole").glob("*.pt")) == [
+        "checkpoint-2.pt",
+        "checkpoint-4.pt",
+        "checkpoint.pt",
+    ]
+    parts = settings(videos, tmp_path / "parts", epochs=2)
+    for epochs in (2, 4):
+        pretrain(replace(parts, epochs=epochs, resume=epochs > 2), manifest)
+        kept = torch.load(tmp_path / f"whole/checkpoint-{epochs}.pt", weights_only=True)
+        assert kept["step"] == 2 * epochs
+        for name, value in weights(tmp_path / "parts").items():
+            assert torch.equal(value, kept["model"][name]), name
+    with pytest.raises(InputError, match="keep_every is -1; it must not be negative"):
+        replace(whole, keep_every=-1)
+    # It changes nothing that is computed: the run goes on without, and has nothing left to do.
+    assert pretrain(replace(whole, keep_every=0, resume=True), manifest).metrics == {}
+
+
+def test_kept_checkpoint_is_a_checkpoint(videos: Path, tmp_path: Path) -> None:
+    """For retrieval by name, and for a run that goes on: it is as new as the newest."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path, epochs=1, keep_every=1), manifest)
+    kept = tmp_path / "checkpoint-1.pt"
+    assert kept.read_bytes() == (tmp_path / "checkpoint.pt").read_bytes()
+    config = RetrieveConfig(
+        data=str(videos),
+        out=str(tmp_path),
+        checkpoint=str(kept),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        crop_size=28,
+        device="cpu",
+    )
+    retrieve(config, manifest)
+    found = json.loads((tmp_path / "retrieval.json").read_text())
+    assert found["weights_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
 
 
 def test_one_run_at_a_time_in_a_folder(
