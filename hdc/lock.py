@@ -1,4 +1,4 @@
-"""One at a time: a lock on an open file, which falls with the last process that has it open, however that ends."""
+"""One at a time: locks on an open file, which fall with the processes that hold them, however those end."""
 
 import errno
 import fcntl
@@ -12,7 +12,6 @@ from hdc.errors import InputError, unwritable
 from hdc.progress import warn
 
 FILE = ".lock"
-SECONDS_TO_WAIT = 10.0  # for the workers of a run that was killed: they notice within some seconds
 NO_LOCKS = {
     errno.ENOSYS,
     errno.EOPNOTSUPP,
@@ -20,32 +19,39 @@ NO_LOCKS = {
 }  # such as Lustre, unless it is mounted with them
 
 
-def take(file: IO[Any], holder: str) -> None:
-    """Lock `file`, which a process that is started or forked may inherit, and with it the lock.
+def take(file: IO[Any], holder: str, seconds: float, *, inherit: bool) -> None:
+    """Lock `file`, which must be open to write.
+
+    Args:
+        file: closing it gives the lock back.
+        holder: who may have locked it, in words.
+        seconds: to wait for another one to end.
+        inherit: the lock is also that of the processes that get the open file from this one.
 
     Raises:
-        InputError: it is locked, and stays so; `holder` is who may have done that.
+        InputError: another one has it.
     """
-    deadline = time.monotonic() + SECONDS_TO_WAIT
+    lock = fcntl.flock if inherit else fcntl.lockf
+    path = Path(file.name)
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                folder = Path(file.name).parent
-                raise InputError(f"another {holder} is at work in {folder}") from None
+                raise InputError(f"another {holder} is at work in {path.parent}") from None
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise unwritable(Path(file.name), error) from error
-            warn(f"nothing keeps another {holder} out of {Path(file.name).parent}: it has no locks")
+                raise unwritable(path, error) from error
+            warn(f"{path.parent} is on a disk without locks: nothing keeps another {holder} out")
             return
 
 
 @contextmanager
-def held(folder: Path, holder: str) -> Iterator[None]:
-    """Lock `folder` by a file in it, which stays.
+def held(folder: Path, holder: str, seconds: float) -> Iterator[None]:
+    """Lock `folder` for this process alone, by a file in it, which stays.
 
     Raises:
         InputError: as `take`; the folder cannot be written to.
@@ -57,5 +63,5 @@ def held(folder: Path, holder: str) -> Iterator[None]:
     except OSError as error:
         raise unwritable(path, error) from error
     with file:
-        take(file, holder)
+        take(file, holder, seconds, inherit=False)
         yield

@@ -51,6 +51,9 @@ FREE_ON_RESUME = {
 # So many unreadable videos without a step between them mean that the disk is gone. Fewer may be chance: a batch
 # of one is lost with a single corrupt file.
 TOO_MANY_LOST = 8
+SECONDS_TO_RESTART = (
+    120.0  # a server keeps the locks of a node that died for some time: NFS for 90 s
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def train(
         min_videos: that the loss makes sense of, out of `config.batch_size` or fewer.
 
     Raises:
-        InputError: `out` holds another run, is at work for one or cannot be written, the videos of whole
-            batches cannot be read, a decoding process died, or the loss is no longer finite (the last good
+        InputError: `out` holds another run, which may still be at work, or cannot be written, the videos of
+            whole batches cannot be read, a decoding process died, or the loss is no longer finite (the last good
             checkpoint stays).
     """
     out = Path(config.out)
@@ -222,13 +225,16 @@ def train(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Within it no other run writes into `out`; rank 0 holds the lock.
+    """Within it no other run writes into `out`.
+
+    Rank 0 has the lock, without its decoding processes, which may outlive it by a batch.
 
     Raises:
-        InputError: another one does.
+        InputError: another run is at work there.
     """
-    with ExitStack() as held:
-        distributed.on_rank0(lambda: held.enter_context(lock.held(out, "hdc-train")))
+    seconds = SECONDS_TO_RESTART if distributed.restarted() else 0.0
+    with ExitStack() as stack:
+        distributed.on_rank0(lambda: stack.enter_context(lock.held(out, "hdc-train", seconds)))
         yield
 
 

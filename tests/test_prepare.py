@@ -326,7 +326,7 @@ def test_killed_and_resumed(tmp_path: Path, write_video: Callable[..., Path]) ->
 def test_one_run_at_a_time(
     source: Path, tmp_path: Path, film: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdc.lock.SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr("hdc.data.prepare.SECONDS_TO_WAIT", 0.2)
     target = tmp_path / "target"
 
     def second(done: int, total: int, bad: int) -> None:

@@ -369,24 +369,23 @@ def test_kept_checkpoint_is_a_checkpoint(videos: Path, tmp_path: Path) -> None:
 def test_one_run_at_a_time_in_a_folder(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one ends, the first one does not notice."""
+    """The second one ends with a line, the first one does not notice."""
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path / "undisturbed"), manifest)
-    monkeypatch.setattr("hdc.lock.SECONDS_TO_WAIT", 0.2)
-    seed, refused = training.step_seed, []
+    command = [sys.executable, "-P", "-m", "hdc.cli", "pretrain", f"--data={videos}", *TINY]
+    command += [f"--out={tmp_path}/run", "--epochs=1", "--seed=1"]
+    seed, second = training.step_seed, []
 
-    def second(value: int, step: int) -> int:
-        if not refused:
-            with pytest.raises(
-                InputError, match=f"^another hdc-train is at work in {tmp_path}/run$"
-            ):
-                pretrain(settings(videos, tmp_path / "run", seed=1, resume=True), manifest)
-            refused.append(step)
+    def start_another(value: int, step: int) -> int:
+        if step == 0:
+            second.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
         return seed(value, step)
 
-    monkeypatch.setattr(training, "step_seed", second)
+    monkeypatch.setattr(training, "step_seed", start_another)
     pretrain(settings(videos, tmp_path / "run"), manifest)
-    assert refused == [0]
+    assert [(done.returncode, done.stderr) for done in second] == [
+        (2, f"hdc-train: another hdc-train is at work in {tmp_path}/run\n")
+    ]
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 

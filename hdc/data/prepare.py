@@ -41,6 +41,7 @@ DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
 }
 BAD_FILES, LOG = "bad_files.csv", "prepare.jsonl"
 MISSING = "is missing"
+SECONDS_TO_WAIT = 10.0  # for the workers of a run that was killed: they notice at their next frame
 
 Progress = Callable[[int, int, int], None]  # done, total, of these bad
 
@@ -270,7 +271,7 @@ class _Log:
         except OSError as error:
             raise unwritable(self.path, error) from error
         try:
-            lock.take(self.file, "hdc-train prepare")
+            lock.take(self.file, "hdc-train prepare", SECONDS_TO_WAIT, inherit=True)
             self._load()
         except BaseException:
             self.file.close()
