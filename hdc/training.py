@@ -122,12 +122,12 @@ def train(
             if len(loader):
                 environment.store(out, device, step)
 
-        def save(path: Path) -> None:
+        def save(file: Path) -> None:
             weights = model.state_dict()
             if not all(torch.isfinite(value).all() for value in weights.values()):
                 raise _diverged(step, out)
             checkpoint.save(
-                path,
+                file,
                 kind,
                 {
                     "config": stored,
