@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hdc.errors import InputError
+from hdc.errors import InputError, unwritable
 
 
 def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -25,9 +25,7 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # gone, unless something went wrong
             partial.unlink()

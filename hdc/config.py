@@ -129,6 +129,7 @@ class TrainConfig(CommandConfig):
         epochs: passes over the training list.
         batch_size: videos in a step.
         checkpoint_every: steps between checkpoints.
+        keep_every: epochs between checkpoints that stay, as checkpoint-EPOCH.pt; 0 leaves the newest only.
         log_every: steps between lines of the log.
         resume: go on from the checkpoint in `out`, to the same result as without the interruption.
     """
@@ -138,6 +139,7 @@ class TrainConfig(CommandConfig):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint_every: int = 200
+    keep_every: int = 0
     log_every: int = 10
     resume: bool = False
 
@@ -146,6 +148,8 @@ class TrainConfig(CommandConfig):
         for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_every < 0:
+            raise InputError(f"keep_every is {self.keep_every}; it must not be negative")
         _check_crop(self.augment.crop_size, self.clips)
 
 

@@ -121,6 +121,8 @@ def merge_unreadable(own: dict[int, Unreadable], rows: int) -> list[Unreadable]:
     entries = [found[row] for row in sorted(found)]
     if len(entries) == rows:
         raise InputError(f"no video can be decoded, e.g. {entries[0].path}: {entries[0].reason}")
+    if entries:
+        warn(f"{len(entries)} of {rows} videos could not be read and were left out")
     return entries
 
 

@@ -64,7 +64,14 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
         return loss * share.weight, {"accuracy": share.weigh(accuracy)}
 
     return training.train(
-        "finetune", config, model, dataset, step_loss, _extra(config, videos, names), _status
+        "finetune",
+        config,
+        model,
+        dataset,
+        step_loss,
+        _extra(config, videos, names),
+        _status,
+        min_videos=1,
     )
 
 

@@ -68,7 +68,14 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
         return loss, values
 
     return training.train(
-        "pretrain", config, model, dataset, step_loss, {"videos": videos.digest()}, _status
+        "pretrain",
+        config,
+        model,
+        dataset,
+        step_loss,
+        {"videos": videos.digest()},
+        _status,
+        min_videos=2,  # one would have no negatives
     )
 
 
