@@ -33,7 +33,7 @@ from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.data.workers import Job, Outcome, hash_file, run_jobs
 from hdc.device import cores
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 
 DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
     "kinetics400": list_kinetics400,
@@ -356,7 +356,7 @@ def _read_settings(target: Path) -> dict[str, Any]:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")
+    return InputError(f"cannot write {path}: {reason(error)}")
 
 
 def _has_size(path: Path, size: int) -> bool:
