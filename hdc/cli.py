@@ -39,7 +39,7 @@ from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
-from hdc.progress import ProgressBar, console
+from hdc.progress import ProgressBar, console, say
 from hdc.recognition import test
 from hdc.report import ReportConfig, report
 from hdc.reproduce import ReproduceConfig, reproduce
@@ -163,20 +163,16 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
 
 def run_pack(config: PackConfig, data: str) -> None:
     """Decode a prepared dataset to disk, so that training need not."""
-
-    def announce(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
     with ProgressBar("packing", 1) as bar:
-        packed = pack(Path(data), config, announce, bar.set)
-    announce(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
+        packed = pack(Path(data), config, say, bar.set)
+    say(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
 
 
 def run_report(config: ReportConfig, run: str) -> None:
     """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
     path = report(Path(run), config)
     size = path.stat().st_size / 1024
-    console.print(f"wrote {path} ({size:,.0f} KiB)", highlight=False, markup=False, soft_wrap=True)
+    say(f"wrote {path} ({size:,.0f} KiB)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +183,8 @@ class ExportConfig:
 def run_export(config: ExportConfig, run: str, target: str) -> None:
     """Write a run's encoder as safetensors, with a model card."""
     path = export(Path(run), Path(target))
-    for line in (f"wrote {path}", f'next: hdc.load_backbone("{target}") in Python'):
-        console.print(line, highlight=False, soft_wrap=True)
+    say(f"wrote {path}")
+    say(f"next: hdc.load_backbone({target!r}) in Python")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +418,7 @@ def _show_run(run: TrainedRun, next_command: str) -> None:
 
 
 def _show_written(out: str, name: str) -> None:
-    console.print(f"wrote {Path(out) / name}", highlight=False)
+    say(f"wrote {Path(out) / name}")
 
 
 def run() -> NoReturn:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.text import Text
 from rich.table import Table
 
 from hdc import atomic, probe, retrieval
@@ -31,7 +32,7 @@ from hdc.finetune import finetune
 from hdc.optimizer import OptimizerConfig
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
-from hdc.progress import console
+from hdc.progress import console, say
 from hdc.recognition import TestResult, test
 from hdc.retrieval import RetrievalResult
 from hdc.retrieval_figure import Column, draw_retrievals
@@ -128,7 +129,7 @@ def demo(config: DemoConfig) -> dict[str, ModelResult]:
         ("videos", out / "data"),
         ("runs with logs", out),
     ):
-        console.print(f"{what + ':':<20}{path}", highlight=False, soft_wrap=True)
+        say(f"{what + ':':<20}{path}")
     return results
 
 
@@ -282,11 +283,7 @@ def _show(results: dict[str, ModelResult], seconds: float) -> None:
     for what, values, chance in rows:
         best = max(value for value in values if value is not None)
         cells = [
-            "–"
-            if value is None
-            else f"[bold]{value:.1f}[/bold]"
-            if value == best
-            else f"{value:.1f}"
+            "–" if value is None else Text(f"{value:.1f}", style="bold" if value == best else "")
             for value in values
         ]
         table.add_row(what, *cells, f"{chance:.1f}", end_section=what.endswith("both"))
@@ -295,6 +292,5 @@ def _show(results: dict[str, ModelResult], seconds: float) -> None:
         "nearest: the nearest training take has the same label; probe: a linear classifier on frozen "
         "features finds the label; finetuned: all weights trained on the labels, five crops × clips",
         style="dim",
-        highlight=False,
     )
-    console.print(f"{seconds:.0f} seconds", highlight=False)
+    say(f"{seconds:.0f} seconds")
