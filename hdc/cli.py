@@ -9,14 +9,15 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.table import Table
 
-from hdc import atomic, distributed, results
+from hdc import atomic, distributed, environment, results
 from hdc.config import (
     CommandConfig,
     FinetuneConfig,
@@ -31,7 +32,7 @@ from hdc.data.dataset import open_data
 from hdc.data.pack import PackConfig, pack
 from hdc.data.prepare import BAD_FILES, DATASETS, MISSING, PrepareConfig, check, prepare
 from hdc.demo import DemoConfig, demo
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 from hdc.export import export
 from hdc.finetune import finetune
 from hdc.help import HelpFormatter
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every mistake of the user into one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with distributed.session():
+        with distributed.session(), _system_errors():
             return _carry_out(arguments)
     except (InputError, argparse.ArgumentError) as error:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
@@ -290,9 +291,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the operating system says about a file is the user's to mend: a folder that is not theirs, a full disk.
+
+    Raises:
+        InputError: "path: reason". An error about no file is taken for a bug, and goes on as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"{error.filename}: {reason(error)}") from error
+
+
 def _carry_out(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"hdc-train {environment.package_version('hdc') or 'of a checkout, not installed'}")
         return 0
     name, *options = arguments
     if name not in COMMANDS:

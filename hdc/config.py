@@ -68,12 +68,19 @@ class ObjectiveConfig:
             )
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that PyTorch's generators do not take."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}; it must be from 0 to 2^64 - 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """What a command looks at.
 
     Attributes:
-        data: a manifest (CSV with path, frames, label, split1), or a folder in UCF101's layout.
+        data: a folder that `hdc-train prepare` wrote, one in UCF101's layout, or a manifest (CSV with path,
+            frames, label, split1).
         split: which split's train and test lists to use.
         label: the manifest's column of class names.
         backbone: the encoder.
@@ -112,8 +119,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers is {self.workers}; it must not be negative")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

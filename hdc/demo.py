@@ -4,14 +4,13 @@ The videos are real files in UCF101's layout and go through the code that UCF101
 encoder and the frames are small. See `hdc.data.synthetic` for what the videos show.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.text import Text
 from rich.table import Table
+from rich.text import Text
 
 from hdc import atomic, probe, retrieval
 from hdc.config import (
@@ -21,6 +20,7 @@ from hdc.config import (
     PretrainConfig,
     RetrieveConfig,
     TestConfig,
+    check_seed,
     finetune_augment,
 )
 from hdc.data.clips import ClipConfig
@@ -87,8 +87,7 @@ class DemoConfig:
         for name in ("epochs", "finetune_epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,9 @@ def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
         name: value for name, value in vars(config).items() if name not in ("out", "compare")
     }
     stamp = root / "settings.json"
-    if stamp.exists():
-        if json.loads(stamp.read_text()) != settings:
+    found = atomic.read_json(stamp, ("seed",))
+    if found:
+        if found != settings:
             raise InputError(f"{config.out} holds a demo with other settings; choose another --out")
         return read_manifest(root / "manifest.csv"), read_manifest(root / "takes.csv")
     with console.status(f"making {config.train_videos + config.test_videos} videos"):
