@@ -357,6 +357,7 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
+        allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
@@ -374,10 +375,12 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         parser.add_argument(*names, action="store_true", help=descriptions[switch])
     if command.config is PretrainConfig:
         parser.add_argument(
-            "--preset", metavar="NAME", help="a row of the paper's tables, see below"
+            "--preset", type=str, metavar="NAME", help="a row of the paper's tables, see below"
         )
-        _apply_preset(parser, options)
+        options = _apply_preset(parser, options)
     values = parser.instantiate(parser.parse_args(options))
+    if values.get("preset"):
+        raise InputError("preset is in a --config file; it is an option of the command line only")
     config = command.config(**{f.name: values[f.name] for f in fields})
     return config, [values[place.name.lower()] for place in command.places]
 
@@ -403,18 +406,20 @@ def _preset_table() -> str:
     return "\n".join(lines)
 
 
-def _apply_preset(parser: ArgumentParser, options: list[str]) -> None:
-    """Make the preset's values the defaults, so that a file or an option can still change them."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _apply_preset(parser: ArgumentParser, options: list[str]) -> list[str]:
+    """Make the preset's values the defaults, so that a file or an option can still change them; the other options."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--preset")
-    name = finder.parse_known_args(options)[0].preset
+    found, others = finder.parse_known_args(options)
+    name = found.preset
     if name is None:
-        return
+        return others
     if name not in PRESETS:
         raise InputError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
     for group in ("objective", "augment"):
         for key, value in dataclasses.asdict(getattr(PRESETS[name], group)).items():
             parser.set_defaults({f"{group}.{key}": value})
+    return others
 
 
 def one_line(error: Exception) -> str:
