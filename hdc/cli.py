@@ -8,6 +8,7 @@ says what), 3 another process of a run under torchrun died or hangs, 130 interru
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from hdc.config import (
     RetrieveConfig,
     RunConfig,
     TestConfig,
+    TrainConfig,
+    shared,
 )
 from hdc.data.dataset import open_data
 from hdc.data.pack import PackConfig, pack
@@ -36,6 +39,7 @@ from hdc.errors import InputError, reason
 from hdc.export import export
 from hdc.finetune import finetune
 from hdc.help import HelpFormatter
+from hdc.options import command_line, defaults
 from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
@@ -54,13 +58,13 @@ START = "hdc-train demo"
 def run_pretrain(config: PretrainConfig) -> None:
     """Learn a video representation without labels (HD-NCE)."""
     run = pretrain(config, open_data(config.data))
-    _show_run(run, f"hdc-train retrieve --data {config.data} --backbone {config.backbone}")
+    _show_run(config, run, "retrieve")
 
 
 def run_finetune(config: FinetuneConfig) -> None:
     """Train a classifier from pretrained weights, or from scratch."""
     run = finetune(config, open_data(config.data))
-    _show_run(run, f"hdc-train test --data {config.data} --backbone {config.backbone}")
+    _show_run(config, run, "test")
 
 
 def run_test(config: TestConfig) -> None:
@@ -116,7 +120,7 @@ def run_reproduce(config: ReproduceConfig, table: str) -> None:
     reproduce(config, table)
     if not config.dry_run:
         _show_written(config.out, f"{table}.json")
-        console.print(f"next: hdc-train report {config.out}", highlight=False, soft_wrap=True)
+        _show_next("report", config.out)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -157,8 +161,9 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
     if result.bad:
         summary += f"; {missing} missing and {len(result.bad) - missing} bad, see {target_folder / BAD_FILES}"
     show = ["nothing was left to do", summary] if not result.changed else [summary]
-    for line in (*show, f"next: hdc-train pretrain --data {target}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    for line in show:
+        say(line)
+    _show_next("pretrain", f"--data={target}")
     return 0
 
 
@@ -431,14 +436,18 @@ def one_line(error: Exception) -> str:
     return re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", text)
 
 
-def _show_run(run: TrainedRun, next_command: str) -> None:
+def _show_run(config: TrainConfig, run: TrainedRun, evaluation: str) -> None:
+    """What a training wrote, and the command that evaluates it with the same options."""
     if not run.metrics:
-        console.print("nothing was left to do")
-    for line in (
-        f"wrote {run.checkpoint} and {run.checkpoint.parent}/metrics.jsonl",
-        f"next: {next_command} --checkpoint {run.checkpoint}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+        say("nothing was left to do")
+    say(f"wrote {run.checkpoint} and {run.checkpoint.parent}/metrics.jsonl")
+    kind = COMMANDS[evaluation].config
+    following = kind(**shared(config, kind) | {"checkpoint": str(run.checkpoint)})
+    say(f"next: {command_line(['hdc-train', evaluation], following, defaults(kind))}")
+
+
+def _show_next(*words: str) -> None:
+    say(f"next: {shlex.join(['hdc-train', *words])}")
 
 
 def _show_written(out: str, name: str) -> None:

@@ -4,7 +4,7 @@ Values arrive as defaults, then from a preset, then from a YAML file, then from 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hdc.backbones import BackboneName
@@ -320,6 +320,12 @@ def _check_crop(crop_size: int, clips: ClipConfig) -> None:
             f"crop_size is {crop_size}, larger than frames with a short side of {clips.size}; "
             "lower it or raise --clips.size"
         )
+
+
+def shared(config: TrainConfig, kind: type[CommandConfig]) -> dict[str, Any]:
+    """The options of a training that the command of `kind` has, too; it sees crops of the same size."""
+    given = vars(config) | {"crop_size": config.augment.crop_size}
+    return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
 def plain(value: Any) -> Any:
