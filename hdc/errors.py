@@ -1,5 +1,7 @@
 """The one exception for what a user can mend: a path, an option, a file. The command line prints it as a line."""
 
+import json
+
 
 class InputError(ValueError):
     """Something given to hdc is wrong; the message says what, and what to do."""
@@ -7,4 +9,8 @@ class InputError(ValueError):
 
 def reason(error: Exception) -> str:
     """Why a file cannot be read or written, as the end of a message: "permission denied"."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"  # its place counts from where the decoder began, not from the file's start
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON from line {error.lineno}, column {error.colno} on"
     return (getattr(error, "strerror", None) or str(error)).lower()

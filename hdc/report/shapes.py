@@ -71,7 +71,7 @@ def check(value: object, shape: Shape, source: str, place: str = "") -> None:
             check(entry, shape[0], source, f"{place}[{index}]")
     else:
         if not isinstance(value, dict):
-            raise _fault(source, place, value, "an object with names")
+            raise _fault(source, place, value, "an object")
         inner = f"{place}." if place else ""
         named = {key.removesuffix("?"): kind for key, kind in shape.items() if key is not ...}
         for name in required(shape):
