@@ -141,7 +141,7 @@ class Place:
 
 
 def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -> int:
-    """Make a downloaded dataset small, quick to read, and free of bad files."""
+    """Make a downloaded dataset small, quick to read, free of bad files."""
     target_folder = Path(target)
     with ProgressBar("checking" if config.check else "preparing", 1) as bar:
 
@@ -175,7 +175,7 @@ def run_pack(config: PackConfig, data: str) -> None:
 
 
 def run_report(config: ReportConfig, run: str) -> None:
-    """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
+    """Show a run, or a folder of runs, as one HTML page."""
     path = report(Path(run), config)
     size = path.stat().st_size / 1024
     say(f"wrote {path} ({size:,.0f} KiB)")

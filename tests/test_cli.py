@@ -53,6 +53,7 @@ def test_alone_says_what_it_can_do_and_where_to_start(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in COMMANDS)
     assert "hdc-train demo" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -61,7 +61,7 @@ def test_settings_that_were_cut_short(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(tmp_path / "data" / "settings.json") in error
-    assert ("it is not JSON from line 1, column 12 on" in error) == text.endswith("trai")
+    assert ("it is not JSON from line 1, column 13 on" in error) == text.endswith("trai")
 
 
 def test_other_videos_in_the_folder_are_not_overwritten(
