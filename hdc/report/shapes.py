@@ -39,7 +39,7 @@ def _is_count(value: object) -> bool:
 
 TEXT = Kind("text", lambda value: isinstance(value, str) and "\0" not in value)
 NUMBER = Kind("a number", _is_number)
-COUNT = Kind("a count", _is_count)
+COUNT = Kind("a whole number of at least 0", _is_count)
 
 
 def or_null(kind: Kind) -> Kind:
