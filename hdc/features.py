@@ -23,6 +23,7 @@ from hdc.data.whole_videos import WholeVideos
 from hdc.device import decoding_workers, pick_device
 from hdc.errors import InputError
 from hdc.progress import ProgressBar, warn
+from hdc.provenance import check_encoder, check_split
 from hdc.views import center_square, to_unit_range
 
 CLIPS_AT_ONCE = 32  # through the encoder; short videos share a batch
@@ -42,14 +43,20 @@ class Features:
     unreadable: list[Unreadable]
 
 
-def load_encoder(config: CommandConfig, path: str | None) -> Backbone:
-    """The encoder of a checkpoint, or a randomly initialised one, ready to look at clips."""
+def load_encoder(config: CommandConfig, path: str | None, manifest: Manifest) -> Backbone:
+    """The encoder of a checkpoint, or a randomly initialised one, ready to look at clips of `manifest`.
+
+    Raises:
+        InputError: the checkpoint is of another encoder, or was finetuned on another split of `manifest`.
+    """
     torch.manual_seed(config.seed)
     backbone = build_backbone(
         config.backbone, norm_eps=config.norm_eps, norm_affine=config.norm_affine
     )
     if path is not None:
-        checkpoint.load_backbone_weights(backbone, config.backbone, Path(path))
+        state = checkpoint.load_backbone_weights(backbone, config.backbone, Path(path))
+        check_encoder(config, state, path)
+        check_split(config, state, path, manifest)
     return backbone.to(pick_device(config)).eval()
 
 

@@ -51,7 +51,7 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
             f"{manifest.source}: class {names[missing[0]]} has no training videos in split {config.split}"
         )
     videos.check_files()
-    backbone = load_encoder(config, config.checkpoint)
+    backbone = load_encoder(config, config.checkpoint, manifest)
     model = Classifier(backbone, len(names), config.dropout).to(pick_device(config))
     dataset = TrainingClips(videos, ids, config.clips, views=1, seed=config.seed)
 

@@ -16,6 +16,7 @@ from hdc.data.video import Frames
 from hdc.device import pick_device
 from hdc.features import cut, merge_unreadable, own_rows, readable_videos
 from hdc.finetune import Classifier
+from hdc.provenance import check_encoder, check_split
 from hdc.views import center_square, to_unit_range
 
 
@@ -52,8 +53,12 @@ def non_overlapping(frames: Frames, count: int) -> Frames:
     return np.stack([cut(frames, start, count) for start in range(0, len(frames), count)])
 
 
-def load_classifier(config: TestConfig) -> tuple[Classifier, tuple[str, ...]]:
-    """The model of a finetuning checkpoint and the names of its classes."""
+def load_classifier(config: TestConfig, manifest: Manifest) -> tuple[Classifier, tuple[str, ...]]:
+    """The model of a finetuning checkpoint and the names of its classes.
+
+    Raises:
+        InputError: the checkpoint is of another encoder, or was finetuned on another split of `manifest`.
+    """
     state = checkpoint.load(Path(config.checkpoint), "finetune")
     backbone = build_backbone(
         config.backbone, norm_eps=config.norm_eps, norm_affine=config.norm_affine
@@ -62,6 +67,8 @@ def load_classifier(config: TestConfig) -> tuple[Classifier, tuple[str, ...]]:
     model = Classifier(backbone, len(classes), dropout=0.0)
     source = f"{config.checkpoint} (backbone {state['config']['backbone']})"
     checkpoint.load_strict(model, state["model"], source, f"backbone {config.backbone}")
+    check_encoder(config, state, config.checkpoint)
+    check_split(config, state, config.checkpoint, manifest)
     return model.to(pick_device(config)).eval(), classes
 
 
@@ -71,7 +78,7 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
 
     Several processes share the videos, and each of them gets the whole result.
     """
-    model, classes = load_classifier(config)
+    model, classes = load_classifier(config, manifest)
     device = next(model.parameters()).device
     videos = manifest.rows("test", config.split)
     ids = videos.labels(config.label, classes).ids

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def brightness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recognition, "load_classifier", lambda config: (Brightness(), ("a", "b")))
+    monkeypatch.setattr(recognition, "load_classifier", lambda *given: (Brightness(), ("a", "b")))
 
 
 def level(logit: float) -> int:
@@ -162,19 +162,19 @@ def test_mistakes(tmp_path: Path, make_manifest: Callable[..., Manifest]) -> Non
         replace(CONFIG, crop_size=40)
 
 
-def test_load_classifier(tmp_path: Path) -> None:
+def test_load_classifier(tmp_path: Path, numbered: Manifest) -> None:
     """The weights and the classes are those that were stored; evaluation has no dropout."""
     trained = Classifier(build_backbone("tiny"), classes=3, dropout=0.5)
     path = tmp_path / "checkpoint.pt"
-    state = {"config": {"backbone": "tiny"}, "model": trained.state_dict(), "classes": list("xyz")}
+    state = {"config": asdict(CONFIG), "model": trained.state_dict(), "classes": list("xyz")}
     checkpoint.save(path, "finetune", state)
-    model, classes = load_classifier(replace(CONFIG, checkpoint=str(path)))
+    model, classes = load_classifier(replace(CONFIG, checkpoint=str(path)), numbered)
     assert classes == ("x", "y", "z")
     clips = torch.rand(2, 3, 16, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(model(clips), trained.eval()(clips))
     with pytest.raises(InputError, match=r"backbone tiny\) do not fit backbone c3d: .* missing"):
-        load_classifier(replace(CONFIG, checkpoint=str(path), backbone="c3d"))
+        load_classifier(replace(CONFIG, checkpoint=str(path), backbone="c3d"), numbered)
     checkpoint.save(path, "pretrain", state)
     with pytest.raises(InputError, match="is a pretrain checkpoint; a finetune one is needed"):
-        load_classifier(replace(CONFIG, checkpoint=str(path)))
+        load_classifier(replace(CONFIG, checkpoint=str(path)), numbered)
