@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import Unreadable, loop
 from hdc.data.crashes import items
@@ -26,6 +27,7 @@ from hdc.progress import ProgressBar, warn
 from hdc.provenance import check_encoder, check_split
 from hdc.views import center_square, to_unit_range
 
+POOL = 2  # of "max" pooling, in height and width
 CLIPS_AT_ONCE = 32  # through the encoder; short videos share a batch
 
 
@@ -154,6 +156,13 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
     Clips are centre crops at `clip_starts`; "max" pooling is 2 × 2 over space, flattened (9,216 values
     for C3D and R(2+1)D-10, 2,048 for 3D-ResNet18 at 112 × 112), "average" is global (one per channel).
     """
+    check_clip_size(
+        config.backbone,
+        config.clips.frames,
+        config.crop_size,
+        option="crop_size",
+        least_map=POOL if config.pooling == "max" else 1,
+    )
     rows = manifest.rows(part, config.split)
     device = next(backbone.parameters()).device
     lengths = rows.frames.tolist()
@@ -195,4 +204,4 @@ def _pool(feature_map: Tensor, pooling: str) -> Tensor:
     """[clips, C, t, h, w] -> [clips, D]."""
     if pooling == "average":
         return feature_map.mean((2, 3, 4))
-    return F.max_pool3d(feature_map, (1, 2, 2)).flatten(1)
+    return F.max_pool3d(feature_map, (1, POOL, POOL)).flatten(1)

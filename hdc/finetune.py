@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from hdc import checkpoint, training
 from hdc.backbones import Backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import FinetuneConfig
 from hdc.data.clips import TrainingClips
 from hdc.data.manifest import Manifest
@@ -42,6 +43,9 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
     Raises:
         InputError: besides what `train` raises, when a class has no training videos in this split.
     """
+    check_clip_size(
+        config.backbone, config.clips.frames, config.augment.crop_size, option="augment.crop_size"
+    )
     names = manifest.labels(config.label).names
     videos = manifest.rows("train", config.split)
     ids = videos.labels(config.label, names).ids

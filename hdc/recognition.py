@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hdc import checkpoint, distributed, results
 from hdc.backbones import build_backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import TestConfig
 from hdc.data.clips import Unreadable
 from hdc.data.manifest import Manifest
@@ -78,6 +79,7 @@ def test(config: TestConfig, manifest: Manifest) -> TestResult:
 
     Several processes share the videos, and each of them gets the whole result.
     """
+    check_clip_size(config.backbone, config.clips.frames, config.crop_size, option="crop_size")
     model, classes = load_classifier(config, manifest)
     device = next(model.parameters()).device
     videos = manifest.rows("test", config.split)
