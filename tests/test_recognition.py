@@ -126,6 +126,62 @@ def test_scores_are_averaged(
         {"path": "mixed.avi", "class": "a", "predicted": "a"},
     ]
     assert [Path(entry["path"]).name for entry in written["unreadable"]] == ["bad.avi"]
+    # With two classes, everything is among the first five.
+    assert result.video_top5_accuracy is result.clip_top5_accuracy is None
+    assert written["video_top5_accuracy"] is written["clip_top5_accuracy"] is None
+
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.npz", "test.json"]
+    with np.load(tmp_path / "out" / "scores.npz") as scores:
+        assert scores["paths"].tolist() == [name for name, *_ in VIDEOS]
+        assert scores["starts"].tolist() == [0, 0, 0, 0]
+        assert scores["labels"].tolist() == [1, 0, 1, 0]
+        assert scores["classes"].tolist() == ["a", "b"]
+        probabilities = scores["probabilities"]
+    assert probabilities.dtype == np.float32
+    of_b = [np.mean(1 / (1 + np.exp(-np.array(logits)))) for *_, logits in VIDEOS]
+    np.testing.assert_allclose(probabilities[:, 1], of_b, atol=0.02)  # the coding's
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+
+
+class Steps(nn.Module):
+    """Stands in for a classifier of 7 classes: the nearer a crop's mean grey is to 30 + 30·c, the likelier is c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(30 + 30 * torch.arange(7.0))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        grey = (clips.mean((1, 2, 3, 4)) + 1) * 127.5
+        return -(grey[:, None] - self.centres).abs() / 10
+
+
+def test_top5(
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    make_manifest: Callable[..., Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Greys near class 2, whose ranking is 2, 3, 1, 4, 0, 5, 6, and near class 6, with 6, 5, 4, 3, 2, 1, 0."""
+    monkeypatch.setattr(recognition, "load_classifier", lambda *given: (Steps(), tuple("abcdefg")))
+    videos = [(92, "c"), (92, "d"), (92, "a"), (92, "f"), (208, "c"), (208, "b"), (208, "g")]
+    rows = []
+    for number, (grey, label) in enumerate(videos):
+
+        def draw(number: int, width: int, height: int, grey: int = grey) -> np.ndarray:
+            return np.full((height, width, 3), grey, np.uint8)
+
+        name = f"{number}.avi"
+        write_video(tmp_path / name, 16 + 16 * number, width=32, height=32, draw=draw)
+        rows.append((name, 0, 16 + 16 * number, label, "test"))
+    config = replace(CONFIG, out=str(tmp_path / "out"))
+    result = recognition.test(config, make_manifest(tmp_path, rows))
+    assert result.video_accuracy == 2 / 7  # the first and the last
+    assert result.clip_accuracy == (1 + 7) / 28
+    assert result.video_top5_accuracy == 5 / 7  # not the fourth and the sixth
+    assert result.clip_top5_accuracy == (28 - 4 - 6) / 28
+    written = json.loads((tmp_path / "out" / "test.json").read_text())
+    assert written["video_top5_accuracy"] == result.video_top5_accuracy
+    assert written["clip_top5_accuracy"] == result.clip_top5_accuracy
 
 
 @pytest.mark.usefixtures("brightness")
