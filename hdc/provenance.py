@@ -45,5 +45,6 @@ def check_split(
     if any(set(manifest.columns[name].tolist()) <= set(state["classes"]) for name in columns):
         raise InputError(
             f"{path} was finetuned on split {trained['split']}, where test videos of split {config.split} "
-            f"are trained on; pass --split {trained['split']}, or a checkpoint of that split or of pretraining"
+            f"are trained on; pass --split {trained['split']}, or a checkpoint of pretraining or of split "
+            f"{config.split}"
         )
