@@ -69,9 +69,7 @@ def describe(result: Result) -> str:
     """One sentence on where and when."""
     machine, settings = result["machine"], result["settings"]
     threads = sorted({run["threads"] for run in result["runs"]})
-    chip = (
-        machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}"
-    )
+    chip = machine["gpu"]
     if settings["device"] == "cpu":
         chip = f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}"
         chip += f", threads: {' and '.join(map(str, threads))}"
