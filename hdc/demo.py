@@ -199,7 +199,7 @@ def _evaluate(
         crop_size=CROP,
         pooling="average",
     )
-    backbone = load_encoder(settings, path)
+    backbone = load_encoder(settings, path, takes)
     gallery, queries = (extract(settings, backbone, takes, part) for part in ("train", "test"))
     retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in CHANCE}
     probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in CHANCE}

@@ -75,8 +75,8 @@ def work(videos: Path, broken: Path, out: Path) -> None:
     probe(ProbeConfig(**settings), whole)
     config = RetrieveConfig(**settings)
     retrieve(config, whole)
-    found = extract(config, load_encoder(config, None), whole, "train")
-    damaged = extract(config, load_encoder(config, None), part, "train")
+    found = extract(config, load_encoder(config, None, whole), whole, "train")
+    damaged = extract(config, load_encoder(config, None, part), part, "train")
     torch.save(
         {
             "whole": (found.vectors.clone(), found.manifest.path.tolist()),
