@@ -45,7 +45,7 @@ from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
 from hdc.progress import ProgressBar, console, say
-from hdc.recognition import test
+from hdc.recognition import SCORES, test
 from hdc.report import ReportConfig, report
 from hdc.reproduce import ReproduceConfig, reproduce
 from hdc.retrieval import retrieve
@@ -70,11 +70,16 @@ def run_finetune(config: FinetuneConfig) -> None:
 def run_test(config: TestConfig) -> None:
     """Recognise actions with a finetuned model (5 crops × clips)."""
     result = test(config, open_data(config.data))
-    table = Table("accuracy", "top-1 %", "of")
-    table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
-    table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
+    top5 = result.video_top5_accuracy is not None
+    table = Table("accuracy", "top-1 %", *["top-5 %"] * top5, "of")
+    for name, shares, of in (
+        ("video", (result.video_accuracy, result.video_top5_accuracy), f"{result.videos} videos"),
+        ("clip", (result.clip_accuracy, result.clip_top5_accuracy), f"{result.clips} clips"),
+    ):
+        table.add_row(name, *(f"{100 * share:.1f}" for share in shares if share is not None), of)
     console.print(table)
     _show_written(config.out, results.TEST)
+    _show_written(config.out, SCORES)
 
 
 def run_recognize(config: RecognizeConfig) -> None:
