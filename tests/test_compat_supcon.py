@@ -25,7 +25,11 @@ def features(images: int, views: int, *shape: int, seed: int = 0) -> Tensor:
 
 
 def formula(
-    x: Tensor, positive: Tensor, temperature: float, mode: str, base_temperature: float
+    x: Tensor,
+    positive: Tensor,
+    temperature: float | Tensor,
+    mode: str,
+    base_temperature: float | Tensor,
 ) -> Tensor:
     """−T/T_base · mean over anchors (i, u) of the mean over (j, v) ≠ (i, u) with positive[i, j]; else 0."""
     images, views = x.shape[:2]
@@ -138,6 +142,21 @@ def test_a_small_temperature_in_half_precision() -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, half)
     assert gradient.isfinite().all()
+
+
+def test_a_temperature_tensor() -> None:
+    """Of any shape and dtype, with its whole gradient: the loss is a number in its own dtype."""
+    x = features(4, 2, 3)
+    t, base = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 0.5))
+    found = torch.autograd.grad(SupConLoss(t, "all", base)(x), (x, t, base))
+    exact = torch.autograd.grad(
+        formula(x, torch.eye(4, dtype=torch.bool), t, "all", base), (x, t, base)
+    )
+    for ours, truth in zip(found, exact, strict=True):
+        assert relative_error(ours, truth) < 1e-12
+    loss = SupConLoss(t[None], "all", base[None])(x.float())
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
 
 
 def test_errors() -> None:

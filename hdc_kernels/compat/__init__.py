@@ -33,3 +33,10 @@ def temperature_of(scale: float | Tensor, name: str = "scale") -> float | Tensor
     if isinstance(scale, Tensor):  # before it is divided by, in 16 bits perhaps
         return 1 / scale.to(reference.compute_dtype(scale.dtype))
     return 1 / float(scale)
+
+
+def times(loss: Tensor, temperature: float | Tensor) -> Tensor:
+    """Their product, of the loss's shape and dtype whatever a temperature tensor is."""
+    if isinstance(temperature, Tensor):
+        return loss * temperature.to(loss.dtype).reshape(())
+    return loss * float(temperature)
