@@ -268,7 +268,7 @@ def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, e
     if query.dim() != 2:
         raise ValueError(f"query has shape {list(query.shape)}; with negatives it must be [B, D]")
     rows, width = query.shape
-    some = empty or negatives.numel() > 0
+    some = negatives.numel() > 0 or (empty and (negatives.dim() == 2 or not rows))
     allowed = negatives.shape[-1:] == (width,) and some
     if not allowed or not (
         negatives.dim() == 2 or (negatives.dim() == 3 and negatives.shape[0] == rows)

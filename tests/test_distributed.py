@@ -359,6 +359,10 @@ def refusals(rank: int, world_size: int) -> None:
             "negatives is empty on all ranks",
         ),
         (
+            lambda: fused_info_nce(x, x, negatives=randn(3, 0, 4), process_group=dist.group.WORLD),
+            r"negatives has shape \[3, 0, 4\]; it must be .* with M ≥ 1",
+        ),
+        (
             lambda: fused_sup_con(
                 x, labels, other=x[:0], other_labels=labels[:0], process_group=dist.group.WORLD
             ),
