@@ -40,13 +40,13 @@ def check_temperature(temperature: float | Tensor, name: str = "temperature") ->
 
     The value of a tensor is not read: on a GPU that would make every step wait for the device.
     """
-    if _check_scalar(name, temperature) and not (temperature > 0 and math.isfinite(temperature)):
+    if _check_scalar(name, temperature) and not 0 < temperature < math.inf:
         raise ValueError(f"{name} is {temperature}; it must be positive and finite")
 
 
 def check_bias(name: str, bias: float | Tensor) -> None:
     """A finite number, or a floating tensor with one element, whose value is not read."""
-    if _check_scalar(name, bias) and not math.isfinite(bias):
+    if _check_scalar(name, bias) and not -math.inf < bias < math.inf:
         raise ValueError(f"{name} is {bias}; it must be finite")
 
 
@@ -123,7 +123,7 @@ def check_weights(
     for weight in weights:
         if not _is_number(weight):
             raise TypeError(f"{name} holds a {type(weight).__name__}; its entries must be numbers")
-        if not (weight >= 0 and math.isfinite(weight)):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{name} holds {weight}; a weight must be finite and not negative")
 
 

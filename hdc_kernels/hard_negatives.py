@@ -260,7 +260,7 @@ def _debias(excess: Tensor, counts: Tensor, least: Tensor, tau_plus: float) -> T
 def _check_weighting(alpha: float, beta: float, tau_plus: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta), ("tau_plus", tau_plus)):
         check_number(name, value)
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     if tau_plus >= 1:
         raise ValueError(f"tau_plus is {tau_plus}; it must be below 1")

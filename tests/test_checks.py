@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embeddings import leaf, randn
+from equations import relative_error
 from torch import nn
 
 from hdc_kernels import (
@@ -281,6 +283,27 @@ def test_every_real_number_is_one(number: Any) -> None:
         assert found == loss(*inputs, **plain)
     module = torch.compile(InfoNCE(two), backend="aot_eager", fullgraph=True)
     assert module(x, x) == fused_info_nce(x, x, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y, t: fused_info_nce(x, y, temperature=t, label_smoothing=t),
+        lambda x, y, t: fused_siglip(x, y, temperature=t, bias=-t),
+        lambda x, y, t: fused_dclw(x, y, temperature=t, sigma=t),
+        lambda x, y, t: fused_hn_nce(x, y, temperature=t, alpha=t, beta=t, tau_plus=t / 9),
+        lambda x, y, t: fused_hd_nce([], [(x, y)], alpha=[], beta=[t], temperature=t),
+    ],
+)
+def test_numbers_may_change_between_compiled_calls(loss: Any) -> None:
+    """From the second one on, the compiler does not know their values: no check may need one."""
+    x, y = leaf(6, 8), randn(6, 8, seed=1)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for number in (0.1, 0.2, 0.3):
+        found, exact = compiled(x, y, number), loss(x, y, number)
+        assert relative_error(found, exact) < 1e-12
+        slopes = [torch.autograd.grad(value, x)[0] for value in (found, exact)]
+        assert relative_error(*slopes) < 1e-12
 
 
 @pytest.mark.parametrize("value", [np.bool_(True), np.ones(1), 1j, Decimal(1)])
