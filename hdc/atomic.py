@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,5 +74,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: when that fails.
     """
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error

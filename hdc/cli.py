@@ -7,6 +7,8 @@ says what), 3 another process of a run under torchrun died or hangs, 130 interru
 
 import argparse
 import dataclasses
+import io
+import os
 import re
 import shlex
 import sys
@@ -461,7 +463,18 @@ def _show_written(out: str, name: str) -> None:
 
 def run() -> NoReturn:
     """The entry point `hdc-train`."""
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII alone shows "−" as "\u2212"
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # where Python flushes to at its end
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`hdc-train` as a user meets it: help, results, and one line for every mistake."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -201,6 +202,27 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         f"hdc-train {environment.package_version('hdc')}\n",
         "hdc-train of a checkout, not installed\n",
     )
+
+
+def test_help_on_a_terminal_of_ascii() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hdc.cli", "pretrain", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u2212" in done.stdout
+
+
+def test_whoever_reads_may_stop() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hdc.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -> None:
