@@ -14,7 +14,7 @@ def ticket(device: torch.device) -> Tensor:
     replayed on any stream, beside others: it gets one of its own, cleared at every replay.
     """
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(1, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _of_stream(torch.cuda.current_stream(device))

@@ -214,7 +214,7 @@ def _backward(
         upstream = upstream.to(reference.compute_dtype(x[0].dtype))
         return call.backward(tau, bias, x, y, total.unsqueeze(0), upstream)
     with torch.enable_grad():
-        number = torch.tensor(call.temperature, dtype=torch.float64) if tau is None else tau
+        number = x[0].new_tensor(call.temperature, dtype=torch.float64) if tau is None else tau
         leaves = [t.detach().requires_grad_() for t in (*x, *y)]
         number = number.detach().requires_grad_()
         scalars = [number]
