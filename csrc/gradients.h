@@ -1,6 +1,8 @@
 // From dx̂ and dŷ to what the caller reads: through the normalisation, and into their layout and dtype.
 #pragma once
 
+#include <algorithm>
+
 #include "contrast_kernel.h"
 #include "numbers.h"
 #include "pack.h"
@@ -13,7 +15,9 @@ template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::finish_dx(int64_t i, double factor, double weight) {
     const int64_t row = first + i;
     const T of_sum = T(factor * scale), of_y = positives ? T(weight * scale) : T(0);
-    const T *sums = own.sums + i * packed.stride, *y = y_row(positives ? row : 0);
+    T* sums = own.sums + i * packed.stride;
+    if (!group.columns) std::fill_n(sums, packed.width, T(0));  // no block has begun them
+    const T* y = positives ? y_row(row) : x_row(row);           // any row, times 0
     own.d_temperature -= scale * finish_gradient(
         [=](int64_t d) { return of_sum * load(sums + d) - of_y * load(y + d); },
         x_row(row), packed.x_inverse[row], group.dx, row);

@@ -127,7 +127,7 @@ struct Private {
         dy_stride = in_place ? problem.dy.row_stride : width;
         const bool softplus = call.function == HDC_SOFTPLUS, tilted = call.function == HDC_TILTED;
         const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted && dys;
-        const int64_t blocks = whole_panel ? round_up(problem.columns, BLOCK) / BLOCK : 1;
+        const int64_t blocks = whole_panel ? std::max<int64_t>(1, round_up(problem.columns, BLOCK) / BLOCK) : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
         const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
         // Equal panels: a share of 260 rows is two panels of 130, not one of 252 and one of 8.

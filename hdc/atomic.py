@@ -2,12 +2,13 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hdc.errors import InputError
+from hdc.errors import InputError, reason, unwritable
 
 
 def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -25,9 +26,7 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # gone, unless something went wrong
             partial.unlink()
@@ -63,7 +62,7 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise InputError(f"{path} was not written by hdc-train; it must have {', '.join(keys)}")
     return value
@@ -75,5 +74,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: when that fails.
     """
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error

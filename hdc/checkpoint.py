@@ -33,6 +33,11 @@ def save(path: Path, kind: Kind, state: Mapping[str, Any]) -> None:
     atomic.write(path, fill)
 
 
+def kept(folder: Path, epoch: int) -> Path:
+    """Where a run keeps its checkpoint of the end of an epoch, counting from 1."""
+    return folder / f"checkpoint-{epoch}.pt"
+
+
 def locate(path: Path) -> Path:
     """The checkpoint's file, which may be given by its run's folder."""
     return path / FILE if path.is_dir() else path

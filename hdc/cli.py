@@ -7,16 +7,20 @@ says what), 3 another process of a run under torchrun died or hangs, 130 interru
 
 import argparse
 import dataclasses
+import io
+import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.table import Table
 
-from hdc import atomic, distributed, results
+from hdc import atomic, distributed, environment, results
 from hdc.config import (
     CommandConfig,
     FinetuneConfig,
@@ -26,21 +30,24 @@ from hdc.config import (
     RetrieveConfig,
     RunConfig,
     TestConfig,
+    TrainConfig,
+    shared,
 )
 from hdc.data.dataset import open_data
 from hdc.data.pack import PackConfig, pack
 from hdc.data.prepare import BAD_FILES, DATASETS, MISSING, PrepareConfig, check, prepare
 from hdc.demo import DemoConfig, demo
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 from hdc.export import export
 from hdc.finetune import finetune
 from hdc.help import HelpFormatter
+from hdc.options import command_line, defaults
 from hdc.paper import TABLES, preset_figures
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
 from hdc.probe import probe
-from hdc.progress import ProgressBar, console
-from hdc.recognition import test
+from hdc.progress import ProgressBar, console, say
+from hdc.recognition import SCORES, test
 from hdc.report import ReportConfig, report
 from hdc.reproduce import ReproduceConfig, reproduce
 from hdc.retrieval import retrieve
@@ -53,23 +60,28 @@ START = "hdc-train demo"
 def run_pretrain(config: PretrainConfig) -> None:
     """Learn a video representation without labels (HD-NCE)."""
     run = pretrain(config, open_data(config.data))
-    _show_run(run, f"hdc-train retrieve --data {config.data} --backbone {config.backbone}")
+    _show_run(config, run, "retrieve")
 
 
 def run_finetune(config: FinetuneConfig) -> None:
     """Train a classifier from pretrained weights, or from scratch."""
     run = finetune(config, open_data(config.data))
-    _show_run(run, f"hdc-train test --data {config.data} --backbone {config.backbone}")
+    _show_run(config, run, "test")
 
 
 def run_test(config: TestConfig) -> None:
     """Recognise actions with a finetuned model (5 crops × clips)."""
     result = test(config, open_data(config.data))
-    table = Table("accuracy", "top-1 %", "of")
-    table.add_row("video", f"{100 * result.video_accuracy:.1f}", f"{result.videos} videos")
-    table.add_row("clip", f"{100 * result.clip_accuracy:.1f}", f"{result.clips} clips")
+    top5 = result.video_top5_accuracy is not None
+    table = Table("accuracy", "top-1 %", *["top-5 %"] * top5, "of")
+    for name, shares, of in (
+        ("video", (result.video_accuracy, result.video_top5_accuracy), f"{result.videos} videos"),
+        ("clip", (result.clip_accuracy, result.clip_top5_accuracy), f"{result.clips} clips"),
+    ):
+        table.add_row(name, *(f"{100 * share:.1f}" for share in shares if share is not None), of)
     console.print(table)
     _show_written(config.out, results.TEST)
+    _show_written(config.out, SCORES)
 
 
 def run_recognize(config: RecognizeConfig) -> None:
@@ -115,7 +127,7 @@ def run_reproduce(config: ReproduceConfig, table: str) -> None:
     reproduce(config, table)
     if not config.dry_run:
         _show_written(config.out, f"{table}.json")
-        console.print(f"next: hdc-train report {config.out}", highlight=False, soft_wrap=True)
+        _show_next("report", config.out)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -136,7 +148,7 @@ class Place:
 
 
 def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -> int:
-    """Make a downloaded dataset small, quick to read, and free of bad files."""
+    """Make a downloaded dataset small, quick to read, free of bad files."""
     target_folder = Path(target)
     with ProgressBar("checking" if config.check else "preparing", 1) as bar:
 
@@ -156,27 +168,24 @@ def run_prepare(config: PrepareConfig, dataset: str, source: str, target: str) -
     if result.bad:
         summary += f"; {missing} missing and {len(result.bad) - missing} bad, see {target_folder / BAD_FILES}"
     show = ["nothing was left to do", summary] if not result.changed else [summary]
-    for line in (*show, f"next: hdc-train pretrain --data {target}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    for line in show:
+        say(line)
+    _show_next("pretrain", f"--data={target}")
     return 0
 
 
 def run_pack(config: PackConfig, data: str) -> None:
     """Decode a prepared dataset to disk, so that training need not."""
-
-    def announce(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
     with ProgressBar("packing", 1) as bar:
-        packed = pack(Path(data), config, announce, bar.set)
-    announce(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
+        packed = pack(Path(data), config, say, bar.set)
+    say(f"{packed.folder} is whole: runs with --clips.size {config.short_side} read it")
 
 
 def run_report(config: ReportConfig, run: str) -> None:
-    """Show a run, or a folder of runs, as one HTML page: curves, results, clips."""
+    """Show a run, or a folder of runs, as one HTML page."""
     path = report(Path(run), config)
     size = path.stat().st_size / 1024
-    console.print(f"wrote {path} ({size:,.0f} KiB)", highlight=False, markup=False, soft_wrap=True)
+    say(f"wrote {path} ({size:,.0f} KiB)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +196,8 @@ class ExportConfig:
 def run_export(config: ExportConfig, run: str, target: str) -> None:
     """Write a run's encoder as safetensors, with a model card."""
     path = export(Path(run), Path(target))
-    for line in (f"wrote {path}", f'next: hdc.load_backbone("{target}") in Python'):
-        console.print(line, highlight=False, soft_wrap=True)
+    say(f"wrote {path}")
+    say(f"next: hdc.load_backbone({target!r}) in Python")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every mistake of the user into one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with distributed.session():
+        with distributed.session(), _system_errors():
             return _carry_out(arguments)
     except (InputError, argparse.ArgumentError) as error:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
@@ -294,9 +303,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the operating system says about a file is the user's to mend: a folder that is not theirs, a full disk.
+
+    Raises:
+        InputError: "path: reason". An error about no file is taken for a bug, and goes on as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"{error.filename}: {reason(error)}") from error
+
+
 def _carry_out(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"hdc-train {environment.package_version('hdc') or 'of a checkout, not installed'}")
         return 0
     name, *options = arguments
     if name not in COMMANDS:
@@ -342,6 +369,7 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         description=command.run.__doc__,
         epilog=epilog,
         exit_on_error=False,
+        allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
@@ -359,10 +387,12 @@ def parse(name: str, command: Command, options: list[str]) -> tuple[Any, list[st
         parser.add_argument(*names, action="store_true", help=descriptions[switch])
     if command.config is PretrainConfig:
         parser.add_argument(
-            "--preset", metavar="NAME", help="a row of the paper's tables, see below"
+            "--preset", type=str, metavar="NAME", help="a row of the paper's tables, see below"
         )
-        _apply_preset(parser, options)
+        options = _apply_preset(parser, options)
     values = parser.instantiate(parser.parse_args(options))
+    if values.get("preset"):
+        raise InputError("preset is in a --config file; it is an option of the command line only")
     config = command.config(**{f.name: values[f.name] for f in fields})
     return config, [values[place.name.lower()] for place in command.places]
 
@@ -388,18 +418,20 @@ def _preset_table() -> str:
     return "\n".join(lines)
 
 
-def _apply_preset(parser: ArgumentParser, options: list[str]) -> None:
-    """Make the preset's values the defaults, so that a file or an option can still change them."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _apply_preset(parser: ArgumentParser, options: list[str]) -> list[str]:
+    """Make the preset's values the defaults, so that a file or an option can still change them; the other options."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--preset")
-    name = finder.parse_known_args(options)[0].preset
+    found, others = finder.parse_known_args(options)
+    name = found.preset
     if name is None:
-        return
+        return others
     if name not in PRESETS:
         raise InputError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
     for group in ("objective", "augment"):
         for key, value in dataclasses.asdict(getattr(PRESETS[name], group)).items():
             parser.set_defaults({f"{group}.{key}": value})
+    return others
 
 
 def one_line(error: Exception) -> str:
@@ -411,23 +443,38 @@ def one_line(error: Exception) -> str:
     return re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", text)
 
 
-def _show_run(run: TrainedRun, next_command: str) -> None:
+def _show_run(config: TrainConfig, run: TrainedRun, evaluation: str) -> None:
+    """What a training wrote, and the command that evaluates it with the same options."""
     if not run.metrics:
-        console.print("nothing was left to do")
-    for line in (
-        f"wrote {run.checkpoint} and {run.checkpoint.parent}/metrics.jsonl",
-        f"next: {next_command} --checkpoint {run.checkpoint}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+        say("nothing was left to do")
+    say(f"wrote {run.checkpoint} and {run.checkpoint.parent}/metrics.jsonl")
+    kind = COMMANDS[evaluation].config
+    following = kind(**shared(config, kind) | {"checkpoint": str(run.checkpoint)})
+    say(f"next: {command_line(['hdc-train', evaluation], following, defaults(kind))}")
+
+
+def _show_next(*words: str) -> None:
+    say(f"next: {shlex.join(['hdc-train', *words])}")
 
 
 def _show_written(out: str, name: str) -> None:
-    console.print(f"wrote {Path(out) / name}", highlight=False)
+    say(f"wrote {Path(out) / name}")
 
 
 def run() -> NoReturn:
     """The entry point `hdc-train`."""
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII alone shows "−" as "\u2212"
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # where Python flushes to at its end
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Values arrive as defaults, then from a preset, then from a YAML file, then from 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hdc.backbones import BackboneName
@@ -68,12 +68,19 @@ class ObjectiveConfig:
             )
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that PyTorch's generators do not take."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}; it must be from 0 to 2^64 - 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """What a command looks at.
 
     Attributes:
-        data: a manifest (CSV with path, frames, label, split1), or a folder in UCF101's layout.
+        data: a folder that `hdc-train prepare` wrote, one in UCF101's layout, or a manifest (CSV with path,
+            frames, label, split1).
         split: which split's train and test lists to use.
         label: the manifest's column of class names.
         backbone: the encoder.
@@ -112,8 +119,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers is {self.workers}; it must not be negative")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,7 @@ class TrainConfig(CommandConfig):
         epochs: passes over the training list.
         batch_size: videos in a step.
         checkpoint_every: steps between checkpoints.
+        keep_every: epochs between checkpoints that stay, as checkpoint-EPOCH.pt; 0 leaves the newest only.
         log_every: steps between lines of the log.
         resume: go on from the checkpoint in `out`, to the same result as without the interruption.
     """
@@ -138,6 +145,7 @@ class TrainConfig(CommandConfig):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint_every: int = 200
+    keep_every: int = 0
     log_every: int = 10
     resume: bool = False
 
@@ -146,6 +154,8 @@ class TrainConfig(CommandConfig):
         for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_every < 0:
+            raise InputError(f"keep_every is {self.keep_every}; it must not be negative")
         _check_crop(self.augment.crop_size, self.clips)
 
 
@@ -314,6 +324,12 @@ def _check_crop(crop_size: int, clips: ClipConfig) -> None:
             f"crop_size is {crop_size}, larger than frames with a short side of {clips.size}; "
             "lower it or raise --clips.size"
         )
+
+
+def shared(config: TrainConfig, kind: type[CommandConfig]) -> dict[str, Any]:
+    """The options of a training that the command of `kind` has, too; it sees crops of the same size."""
+    given = vars(config) | {"crop_size": config.augment.crop_size}
+    return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
 def plain(value: Any) -> Any:

@@ -4,13 +4,13 @@ The videos are real files in UCF101's layout and go through the code that UCF101
 encoder and the frames are small. See `hdc.data.synthetic` for what the videos show.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from hdc import atomic, probe, retrieval
 from hdc.config import (
@@ -20,6 +20,7 @@ from hdc.config import (
     PretrainConfig,
     RetrieveConfig,
     TestConfig,
+    check_seed,
     finetune_augment,
 )
 from hdc.data.clips import ClipConfig
@@ -31,7 +32,7 @@ from hdc.finetune import finetune
 from hdc.optimizer import OptimizerConfig
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
-from hdc.progress import console
+from hdc.progress import console, say
 from hdc.recognition import TestResult, test
 from hdc.retrieval import RetrievalResult
 from hdc.retrieval_figure import Column, draw_retrievals
@@ -86,8 +87,7 @@ class DemoConfig:
         for name in ("epochs", "finetune_epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def demo(config: DemoConfig) -> dict[str, ModelResult]:
         ("videos", out / "data"),
         ("runs with logs", out),
     ):
-        console.print(f"{what + ':':<20}{path}", highlight=False, soft_wrap=True)
+        say(f"{what + ':':<20}{path}")
     return results
 
 
@@ -139,8 +139,9 @@ def _dataset(config: DemoConfig) -> tuple[Manifest, Manifest]:
         name: value for name, value in vars(config).items() if name not in ("out", "compare")
     }
     stamp = root / "settings.json"
-    if stamp.exists():
-        if json.loads(stamp.read_text()) != settings:
+    found = atomic.read_json(stamp, ("seed",))
+    if found:
+        if found != settings:
             raise InputError(f"{config.out} holds a demo with other settings; choose another --out")
         return read_manifest(root / "manifest.csv"), read_manifest(root / "takes.csv")
     with console.status(f"making {config.train_videos + config.test_videos} videos"):
@@ -198,7 +199,7 @@ def _evaluate(
         crop_size=CROP,
         pooling="average",
     )
-    backbone = load_encoder(settings, path)
+    backbone = load_encoder(settings, path, takes)
     gallery, queries = (extract(settings, backbone, takes, part) for part in ("train", "test"))
     retrievals = {label: retrieval.score(queries, gallery, takes, label) for label in CHANCE}
     probes = {label: probe.score(gallery, queries, takes, label, l2=1e-3) for label in CHANCE}
@@ -282,11 +283,7 @@ def _show(results: dict[str, ModelResult], seconds: float) -> None:
     for what, values, chance in rows:
         best = max(value for value in values if value is not None)
         cells = [
-            "–"
-            if value is None
-            else f"[bold]{value:.1f}[/bold]"
-            if value == best
-            else f"{value:.1f}"
+            "–" if value is None else Text(f"{value:.1f}", style="bold" if value == best else "")
             for value in values
         ]
         table.add_row(what, *cells, f"{chance:.1f}", end_section=what.endswith("both"))
@@ -295,6 +292,5 @@ def _show(results: dict[str, ModelResult], seconds: float) -> None:
         "nearest: the nearest training take has the same label; probe: a linear classifier on frozen "
         "features finds the label; finetuned: all weights trained on the labels, five crops × clips",
         style="dim",
-        highlight=False,
     )
-    console.print(f"{seconds:.0f} seconds", highlight=False)
+    say(f"{seconds:.0f} seconds")

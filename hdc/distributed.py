@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 START = timedelta(minutes=10)  # in which all ranks must have begun
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for another one before it counts as lost
+PATIENCE = timedelta(days=365)  # the same where rank 0 works alone: its death breaks the connection
 ROLL_CALL = 10.0  # seconds in which the ranks that are left must say so
 
 _restarted = False
@@ -160,7 +161,10 @@ def _seconds(duration: timedelta) -> str:
 
 
 def on_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone; every rank returns its result, or raises its InputError."""
+    """Call `function` on rank 0 alone; every rank returns its result, or raises its InputError.
+
+    The others wait as long as that takes, unless rank 0 dies.
+    """
     if world() == 1:
         return function()
     outcome: list[T | InputError | None] = [None]
@@ -169,11 +173,25 @@ def on_rank0(function: Callable[[], T]) -> T:
             outcome = [function()]
         except InputError as error:
             outcome = [error]
+    _wait_for_rank0()
     dist.broadcast_object_list(outcome)
     result = outcome[0]
     if isinstance(result, InputError):
         raise result
     return result  # type: ignore[return-value]
+
+
+def _wait_for_rank0() -> None:
+    """Not by a broadcast: its timeout is the group's, and it reaches some ranks by way of others, which would
+    take these for dead as well."""
+    done = torch.zeros(1)
+    if rank() == 0:
+        for other in range(1, world()):
+            dist.send(done, other)
+    else:
+        work = dist.irecv(done, 0)
+        assert work is not None  # it is for ranks outside of the group
+        work.wait(PATIENCE)
 
 
 def gather(value: T) -> list[T]:

@@ -21,7 +21,7 @@ def describe(device: torch.device) -> dict[str, str]:
     on_gpu = device.type == "cuda"
     found = {
         "Python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: package_version(name) for name in PACKAGES},
         "commit of hdc": _commit(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "CPU": _cpu(),
@@ -58,7 +58,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(atomic.read_json(folder / FILE, ("starts",)).get("starts", []))
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Empty for one that is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

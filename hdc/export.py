@@ -14,7 +14,7 @@ from hdc import atomic, checkpoint, results
 from hdc.backbones.exchange import WEIGHTS, pack_backbone
 from hdc.config import plain
 from hdc.errors import InputError
-from hdc.report.records import RESULTS, read_record
+from hdc.report.records import RESULTS, read_record, read_result
 
 CARD = "README.md"
 PRIVATE = {"out", "device", "workers", "resume", "data", "checkpoint"}
@@ -52,8 +52,8 @@ def _evaluations(run: Path, weights: str | None) -> Iterator[tuple[str, dict[str
     own = run.resolve()
     beside = sorted(path for path in own.parent.iterdir() if path.is_dir() and path != own)
     for folder in (own, *beside):
-        for name, keys in RESULTS.items():
-            found = atomic.read_json(folder / name, keys)
+        for name, shape in RESULTS.items():
+            found = read_result(folder / name, shape)
             if found and found.get("weights_sha256") == weights:
                 yield name, found
 

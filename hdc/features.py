@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from hdc import checkpoint, distributed
 from hdc.backbones import Backbone, build_backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import CommandConfig, FeatureConfig
 from hdc.data.clips import Unreadable, loop
 from hdc.data.crashes import items
@@ -23,8 +24,10 @@ from hdc.data.whole_videos import WholeVideos
 from hdc.device import decoding_workers, pick_device
 from hdc.errors import InputError
 from hdc.progress import ProgressBar, warn
+from hdc.provenance import check_encoder, check_split
 from hdc.views import center_square, to_unit_range
 
+POOL = 2  # of "max" pooling, in height and width
 CLIPS_AT_ONCE = 32  # through the encoder; short videos share a batch
 
 
@@ -42,14 +45,20 @@ class Features:
     unreadable: list[Unreadable]
 
 
-def load_encoder(config: CommandConfig, path: str | None) -> Backbone:
-    """The encoder of a checkpoint, or a randomly initialised one, ready to look at clips."""
+def load_encoder(config: CommandConfig, path: str | None, manifest: Manifest) -> Backbone:
+    """The encoder of a checkpoint, or a randomly initialised one, ready to look at clips of `manifest`.
+
+    Raises:
+        InputError: the checkpoint is of another encoder, or was finetuned on another split of `manifest`.
+    """
     torch.manual_seed(config.seed)
     backbone = build_backbone(
         config.backbone, norm_eps=config.norm_eps, norm_affine=config.norm_affine
     )
     if path is not None:
-        checkpoint.load_backbone_weights(backbone, config.backbone, Path(path))
+        state = checkpoint.load_backbone_weights(backbone, config.backbone, Path(path))
+        check_encoder(config, state, path)
+        check_split(config, state, path, manifest)
     return backbone.to(pick_device(config)).eval()
 
 
@@ -121,6 +130,8 @@ def merge_unreadable(own: dict[int, Unreadable], rows: int) -> list[Unreadable]:
     entries = [found[row] for row in sorted(found)]
     if len(entries) == rows:
         raise InputError(f"no video can be decoded, e.g. {entries[0].path}: {entries[0].reason}")
+    if entries:
+        warn(f"{len(entries)} of {rows} videos could not be read and were left out")
     return entries
 
 
@@ -147,6 +158,13 @@ def extract(config: FeatureConfig, backbone: Backbone, manifest: Manifest, part:
     Clips are centre crops at `clip_starts`; "max" pooling is 2 × 2 over space, flattened (9,216 values
     for C3D and R(2+1)D-10, 2,048 for 3D-ResNet18 at 112 × 112), "average" is global (one per channel).
     """
+    check_clip_size(
+        config.backbone,
+        config.clips.frames,
+        config.crop_size,
+        option="crop_size",
+        least_map=POOL if config.pooling == "max" else 1,
+    )
     rows = manifest.rows(part, config.split)
     device = next(backbone.parameters()).device
     lengths = rows.frames.tolist()
@@ -188,4 +206,4 @@ def _pool(feature_map: Tensor, pooling: str) -> Tensor:
     """[clips, C, t, h, w] -> [clips, D]."""
     if pooling == "average":
         return feature_map.mean((2, 3, 4))
-    return F.max_pool3d(feature_map, (1, 2, 2)).flatten(1)
+    return F.max_pool3d(feature_map, (1, POOL, POOL)).flatten(1)

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from hdc import checkpoint, training
 from hdc.backbones import Backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import FinetuneConfig
 from hdc.data.clips import TrainingClips
 from hdc.data.manifest import Manifest
@@ -42,6 +43,9 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
     Raises:
         InputError: besides what `train` raises, when a class has no training videos in this split.
     """
+    check_clip_size(
+        config.backbone, config.clips.frames, config.augment.crop_size, option="augment.crop_size"
+    )
     names = manifest.labels(config.label).names
     videos = manifest.rows("train", config.split)
     ids = videos.labels(config.label, names).ids
@@ -51,7 +55,7 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
             f"{manifest.source}: class {names[missing[0]]} has no training videos in split {config.split}"
         )
     videos.check_files()
-    backbone = load_encoder(config, config.checkpoint)
+    backbone = load_encoder(config, config.checkpoint, manifest)
     model = Classifier(backbone, len(names), config.dropout).to(pick_device(config))
     dataset = TrainingClips(videos, ids, config.clips, views=1, seed=config.seed)
 
@@ -64,7 +68,14 @@ def finetune(config: FinetuneConfig, manifest: Manifest) -> TrainedRun:
         return loss * share.weight, {"accuracy": share.weigh(accuracy)}
 
     return training.train(
-        "finetune", config, model, dataset, step_loss, _extra(config, videos, names), _status
+        "finetune",
+        config,
+        model,
+        dataset,
+        step_loss,
+        _extra(config, videos, names),
+        _status,
+        min_videos=1,
     )
 
 

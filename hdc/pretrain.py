@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from hdc import distributed, training
 from hdc.backbones import build_backbone
+from hdc.backbones.clip_size import check_clip_size
 from hdc.config import PretrainConfig
 from hdc.data.clips import TrainingClips
 from hdc.data.manifest import Manifest
@@ -21,6 +22,9 @@ from hdc_kernels import fused_hd_nce
 def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
     """Train the encoder on the training videos of `manifest`; labels are not looked at."""
     objective = config.objective
+    check_clip_size(
+        config.backbone, config.clips.frames, config.augment.crop_size, option="augment.crop_size"
+    )
     torch.manual_seed(config.seed)
     backbone = build_backbone(
         config.backbone, norm_eps=config.norm_eps, norm_affine=config.norm_affine
@@ -68,7 +72,14 @@ def pretrain(config: PretrainConfig, manifest: Manifest) -> TrainedRun:
         return loss, values
 
     return training.train(
-        "pretrain", config, model, dataset, step_loss, {"videos": videos.digest()}, _status
+        "pretrain",
+        config,
+        model,
+        dataset,
+        step_loss,
+        {"videos": videos.digest()},
+        _status,
+        min_videos=2,  # one would have no negatives
     )
 
 

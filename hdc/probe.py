@@ -78,7 +78,7 @@ def probe(config: ProbeConfig, manifest: Manifest) -> tuple[ProbeResult, KnnResu
     Writes `probe.json` and `knn.json` into `config.out`.
     """
     manifest.labels(config.label)
-    backbone = load_encoder(config, config.checkpoint)
+    backbone = load_encoder(config, config.checkpoint, manifest)
     train = extract(config, backbone, manifest, "train")
     test = extract(config, backbone, manifest, "test")
     linear = distributed.on_rank0(lambda: score(train, test, manifest, config.label, config.l2))

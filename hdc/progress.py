@@ -6,7 +6,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console()
+# What is printed may hold a path or a class name: [x] in it is no markup, :x: no emoji.
+console = Console(markup=False, emoji=False, highlight=False)
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -22,10 +23,10 @@ class ProgressBar:
         self.done = done
         self._last_line = time.monotonic()
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
@@ -63,9 +64,14 @@ class ProgressBar:
         ):
             self._last_line = now
             shown = self._bar.tasks[0].fields["status"]
-            console.print(f"{self.name} {self.done}/{self.total} {shown}".rstrip(), highlight=False)
+            say(f"{self.name} {self.done}/{self.total} {shown}".rstrip())
+
+
+def say(line: str, style: str = "") -> None:
+    """One line as it is, above the bar if there is one; the terminal wraps it, so that a path can be copied."""
+    console.print(line, style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """One yellow line, above the bar if there is one."""
-    console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    """One yellow line."""
+    say(f"warning: {message}", style="yellow")

@@ -8,10 +8,8 @@ All tables may have the same OUT, and then share more. Every run is that of a co
 that `--dry-run` prints.
 """
 
-import json
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,16 @@ from hdc.config import (
     RunConfig,
     TrainConfig,
     finetune_augment,
-    flat,
-    plain,
 )
 from hdc.data.clips import Unreadable
 from hdc.data.dataset import open_data
 from hdc.data.manifest import Manifest
 from hdc.errors import InputError
 from hdc.optimizer import OptimizerConfig
+from hdc.options import command_line, defaults
 from hdc.paper import DATASETS, TABLES, Row, Table
 from hdc.presets import PRESETS
-from hdc.progress import console
+from hdc.progress import console, say
 from hdc.views import AugmentConfig
 
 
@@ -57,7 +54,7 @@ class ScheduleConfig:
 
 def _schedule(kind: type[PretrainConfig | RecognizeConfig]) -> ScheduleConfig:
     """The one that the command has without options."""
-    default = kind(data="")
+    default = defaults(kind)
     return ScheduleConfig(default.epochs, default.batch_size, default.optimizer)
 
 
@@ -115,21 +112,12 @@ class Step:
 
     def __str__(self) -> str:
         """As one types it: the options that are not the command's defaults."""
-        config = self.config
-        default: CommandConfig = type(config)(data="")
-        if self.preset:
-            default = replace(default, **_settings(self.preset, AugmentConfig.crop_size))
-        usual = dict(flat(asdict(default)))
-        given = {k: v for k, v in flat(asdict(config)) if v != usual[k]}
         words = ["hdc-train", self.command]
+        usual: CommandConfig = defaults(type(self.config))
         if self.preset:
             words.append(f"--preset={self.preset}")
-        words += [
-            f"--{name}={value if isinstance(value, str) else json.dumps(plain(value))}"
-            for name, value in given.items()
-            if name != "resume"
-        ]
-        return shlex.join([*words, *(["--resume"] if "resume" in given else [])])
+            usual = replace(usual, **_settings(self.preset, AugmentConfig.crop_size))
+        return command_line(words, self.config, usual)
 
 
 @dataclass(frozen=True)
@@ -169,7 +157,7 @@ def reproduce(config: ReproduceConfig, name: str) -> dict[tuple[str, str], Figur
     manifests = _Manifests()
     if config.dry_run:
         for line in _script(name, cells, manifests):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(line)
         return {}
     distributed.on_rank0(lambda: atomic.check_folder(Path(config.out)))
     for cell in complete:  # what is wrong should show before the work
@@ -379,7 +367,7 @@ def _write(
 
 def _show(name: str, cells: Sequence[Cell], found: dict[tuple[str, str], Figures]) -> None:
     several = TABLES[name].command == "retrieve"
-    console.print(f"{name}: {TABLES[name].summary}", highlight=False)
+    say(f"{name}: {TABLES[name].summary}")
     shown = Shown("row", "dataset")
     for header in (*(["top-k"] if several else []), "paper %", "here %", "gap"):
         shown.add_column(header, justify="right", no_wrap=True)
@@ -395,4 +383,4 @@ def _show(name: str, cells: Sequence[Cell], found: dict[tuple[str, str], Figures
     console.print(shown)
     for cell in cells:
         if cell.needs:
-            console.print(_skipped(cell), highlight=False, markup=False)
+            say(_skipped(cell))

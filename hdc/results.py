@@ -23,6 +23,7 @@ FREE = {
     "crop_batch",
     "resume",
     "checkpoint_every",
+    "keep_every",
     "log_every",
     "dry_run",
 }

@@ -88,7 +88,7 @@ def write(config: RetrieveConfig, result: RetrievalResult) -> None:
 def retrieve(config: RetrieveConfig, manifest: Manifest) -> RetrievalResult:
     """The paper's protocol: test list against train list; writes `retrieval.json` into `config.out`."""
     manifest.labels(config.label)  # a missing column should fail before the work
-    backbone = load_encoder(config, config.checkpoint)
+    backbone = load_encoder(config, config.checkpoint, manifest)
     gallery = extract(config, backbone, manifest, "train")
     queries = extract(config, backbone, manifest, "test")
     result = score(queries, gallery, manifest, config.label, center=config.center)

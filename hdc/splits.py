@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from hdc import checkpoint, results
-from hdc.config import FinetuneConfig, RecognizeConfig, TestConfig
+from hdc.config import FinetuneConfig, RecognizeConfig, TestConfig, shared
 from hdc.data.clips import Unreadable
 from hdc.data.manifest import Manifest
 from hdc.finetune import finetune
@@ -117,13 +116,7 @@ def _parts(config: RecognizeConfig, split: int) -> tuple[FinetuneConfig, TestCon
     out = Path(config.out) / f"split{split}"
     place = {"out": str(out), "split": split}
     weights = str(out / checkpoint.FILE)
-    return FinetuneConfig(**_shared(config, FinetuneConfig) | place), TestConfig(
-        **_shared(config, TestConfig) | place | {"checkpoint": weights},
-        crop_size=config.augment.crop_size,
+    return (
+        FinetuneConfig(**shared(config, FinetuneConfig) | place),
+        TestConfig(**shared(config, TestConfig) | place | {"checkpoint": weights}),
     )
-
-
-def _shared(config: RecognizeConfig, kind: type[FinetuneConfig | TestConfig]) -> dict[str, Any]:
-    """The options of `config` that `kind` has, too."""
-    names = {field.name for field in fields(kind)} & {field.name for field in fields(config)}
-    return {name: getattr(config, name) for name in names}

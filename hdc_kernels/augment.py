@@ -80,7 +80,7 @@ def augment_clips(
         raise ValueError(f"dtype is {dtype}; it must be float32, bfloat16 or float16")
     check_choice("backend", backend, Backend)
     if matrix is None:
-        matrix = torch.eye(3, device=boxes.device).expand(len(clips), 3, 3)
+        matrix = torch.eye(3, dtype=boxes.dtype, device=boxes.device).expand(len(clips), 3, 3)
     if select_for_clips(backend, clips) == "triton":
         return _fused(clips, boxes, matrix, contrast, size, dtype)
     with torch.autocast(clips.device.type, enabled=False):
@@ -94,12 +94,12 @@ def plain(
     device = clips.device
     sampled = _sample(clips, boxes.to(device), size)
     pixels, matrix = sampled.flatten(2), matrix.to(device)
-    offset = torch.full((1, 1, 1), -1.0, device=device)
+    offset = sampled.new_full((1, 1, 1), -1.0)
     if contrast is not None:
         contrast = contrast.to(device).view(-1, 1, 1)
         # The mean grey of the recoloured clip is the recoloured mean, read through LUMA.
         mean = matrix @ pixels.mean(2, keepdim=True)
-        grey = torch.tensor([LUMA], device=device) @ mean
+        grey = sampled.new_tensor([LUMA]) @ mean
         offset = (1 - contrast) * grey / 127.5 - 1
         matrix = contrast * matrix
     recolored = torch.baddbmm(offset.expand(len(clips), 3, 1), matrix / 127.5, pixels)
@@ -111,7 +111,7 @@ def _sample(clips: Tensor, boxes: Tensor, size: int) -> Tensor:
     batch, frames, height, width, _ = clips.shape
     left, top, box_width, box_height = boxes.unbind(1)
     # theta maps output coordinates in [−1, 1] to input coordinates in [−1, 1], pixel edges at ±1.
-    theta = torch.zeros(batch, 2, 3, device=clips.device)
+    theta = boxes.new_zeros(batch, 2, 3)
     theta[:, 0, 0] = box_width / width
     theta[:, 1, 1] = box_height / height
     theta[:, 0, 2] = (2 * left + box_width) / width - 1

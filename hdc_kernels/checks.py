@@ -1,6 +1,7 @@
 """Argument checks shared by every loss: one line that names the argument, what came and what may come."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -21,8 +22,8 @@ def check_choice(name: str, value: object, allowed: object) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """A number, of any value; raises TypeError otherwise, also for a bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A real number, NumPy's too, of any value; raises TypeError otherwise, also for a bool."""
+    if not _is_number(value):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
 
 
@@ -34,23 +35,19 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def check_temperature(temperature: float | Tensor) -> None:
+def check_temperature(temperature: float | Tensor, name: str = "temperature") -> None:
     """A positive finite number, or a floating tensor with one element.
 
     The value of a tensor is not read: on a GPU that would make every step wait for the device.
     """
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise ValueError(
-                f"temperature is a {_describe(temperature)}; "
-                "as a tensor it must be floating and hold exactly one element"
-            )
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"temperature is a {type(temperature).__name__}; it must be a number or a tensor"
-        )
-    elif not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+    if _check_scalar(name, temperature) and not 0 < temperature < math.inf:
+        raise ValueError(f"{name} is {temperature}; it must be positive and finite")
+
+
+def check_bias(name: str, bias: float | Tensor) -> None:
+    """A finite number, or a floating tensor with one element, whose value is not read."""
+    if _check_scalar(name, bias) and not -math.inf < bias < math.inf:
+        raise ValueError(f"{name} is {bias}; it must be finite")
 
 
 def check_pair(
@@ -124,24 +121,10 @@ def check_weights(
             f"{name} has {len(weights)} weights but {what} has {scales} scales; one weight per scale"
         )
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        if not _is_number(weight):
             raise TypeError(f"{name} holds a {type(weight).__name__}; its entries must be numbers")
-        if not (weight >= 0 and math.isfinite(weight)):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{name} holds {weight}; a weight must be finite and not negative")
-
-
-def check_bias(name: str, bias: float | Tensor) -> None:
-    """A finite number, or a floating tensor with one element, whose value is not read."""
-    if isinstance(bias, Tensor):
-        if bias.numel() != 1 or not bias.is_floating_point():
-            raise ValueError(
-                f"{name} is a {_describe(bias)}; "
-                "as a tensor it must be floating and hold exactly one element"
-            )
-    elif isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise TypeError(f"{name} is a {type(bias).__name__}; it must be a number or a tensor")
-    elif not math.isfinite(bias):
-        raise ValueError(f"{name} is {bias}; it must be finite")
 
 
 def check_labels(name: str, labels: Tensor, of: str, embeddings: Tensor) -> None:
@@ -159,6 +142,27 @@ def check_labels(name: str, labels: Tensor, of: str, embeddings: Tensor) -> None
         raise ValueError(
             f"{name} is on {labels.device} but {of} on {embeddings.device}; they must be equal"
         )
+
+
+def _is_number(value: object) -> bool:
+    """A bool is none. The built-in types come first: to ask for an abstract one takes longer."""
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
+def _check_scalar(name: str, value: float | Tensor) -> bool:
+    """Whether it is a number and no tensor; raises for what is neither, and for a tensor of another kind."""
+    if isinstance(value, float):  # most are
+        return True
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} is a {_describe(value)}; "
+                "as a tensor it must be floating and hold exactly one element"
+            )
+        return False
+    if not _is_number(value):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number or a tensor")
+    return True
 
 
 def _lacks_only_rows(tensor: Tensor, shape: str) -> bool:

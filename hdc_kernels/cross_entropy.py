@@ -97,15 +97,16 @@ class Options(NamedTuple):
         value, terms = found.value, found.terms
         summed = value.dim() == 0
         if excess is not None:
-            excess = self.label_smoothing * excess.flatten()
+            excess = float(self.label_smoothing) * excess.flatten()
             if self.return_metrics:
                 terms = terms + excess.detach()
             divisor = count if self.reduction == "mean" else 1
             value = value + (excess.sum() / divisor if summed else excess)
         if not summed:
-            value = reduce(
-                value.view(shape), self.reduction, self.sample_weights, queries, count=count
-            )
+            by_row = value.view(shape)
+            value = reduce(by_row, self.reduction, self.sample_weights, queries, count=count)
+            if value is by_row and excess is None and self.return_metrics:
+                terms = terms.clone()  # metrics stay as they are when the loss is changed in place
         elif queries is not None:
             value = queries.total(value)
         if not self.return_metrics:

@@ -237,7 +237,7 @@ def fused_dclw(
 def check_sigma(sigma: float) -> None:
     """A positive finite number."""
     check_number("sigma", sigma)
-    if not (sigma > 0 and math.isfinite(sigma)):
+    if not 0 < sigma < math.inf:
         raise ValueError(f"sigma is {sigma}; it must be positive and finite")
 
 

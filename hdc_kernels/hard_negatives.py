@@ -165,7 +165,7 @@ def fused_hn_nce(
             "backend": backend,
         }
         if beta > 0:
-            found = sums("tilted", x, y, beta=beta, **options)
+            found = sums("tilted", x, y, beta=float(beta), **options)
             lse = found.value + counts.clamp_min(1).log()
         else:  # all weights are 1
             found = sums("logsumexp", x, y, **options)
@@ -186,7 +186,8 @@ def fused_hn_nce(
     if not return_metrics:
         return value
     assert ranks is not None
-    terms = terms.detach()
+    # Metrics stay as they are when somebody changes the loss in place.
+    terms = terms.detach().clone() if value is terms else terms.detach()
     return value, InfoNCEMetrics(terms, accuracy(ranks), ranks, terms + positive.detach())
 
 
@@ -259,7 +260,7 @@ def _debias(excess: Tensor, counts: Tensor, least: Tensor, tau_plus: float) -> T
 def _check_weighting(alpha: float, beta: float, tau_plus: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta), ("tau_plus", tau_plus)):
         check_number(name, value)
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     if tau_plus >= 1:
         raise ValueError(f"tau_plus is {tau_plus}; it must be below 1")

@@ -119,7 +119,7 @@ def fused_hd_nce(
     steps = [v_o.shape[1] for v_o, _ in spatial]
     batch = pairs[0][0].shape[0]
     check_sample_weights(sample_weights, (batch,), pairs[0][0].device)
-    weights = [a / n for a, n in zip(alpha, steps, strict=True)] + list(beta)
+    weights = [float(a) / n for a, n in zip(alpha, steps, strict=True)] + [float(b) for b in beta]
     summed = reduction != "none" and sample_weights is None
     options: dict[str, Any] = {
         "weights": weights if summed else None,

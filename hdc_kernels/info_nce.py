@@ -107,7 +107,7 @@ def fused_info_nce(
             integers, the pairs (row of query, row of key), which are not checked and may be left out twice; or
             [B, N] bool, True where a key is left out. That costs B·N bytes, whoever calls holds them, a search through
             all of them, 16 bytes for each that is True, and a graph of `torch.compile` of its own. Needs a single
-            process; on a GPU, plain PyTorch computes the loss, in chunks.
+            process; on a GPU, plain PyTorch computes the loss, of more than 2^24 logits in chunks.
         sample_weights: [..., B], w_i ≥ 0: "mean" becomes Σ w_i·l_i / Σ w_i, "sum" Σ w_i·l_i, "none" w_i·l_i.
             Its values are not checked; where they sum to 0, "mean" is NaN.
         label_smoothing: ε in [0, 1): the target is 1 − ε + ε/C for the positive and ε/C for each negative, among
@@ -116,8 +116,8 @@ def fused_info_nce(
             "none" for one value per query, [..., B].
         normalize: divide by the L2 norm first. With False, the similarity is the plain dot product.
         backend: "auto" picks the fastest there is (`hdc_kernels/selection.py` has the rule); "cpu" is C++,
-            "triton" and "cuda" are for GPUs, "torch" is the plain specification, which holds the B×B logits and
-            the only one that autograd sees through, "chunked" the same in O(B) memory.
+            "triton" and "cuda" are for GPUs, "torch" is the plain specification, which holds the B×B logits,
+            "chunked" the same in O(B) memory; autograd sees through these two alone.
         process_group: a `torch.distributed.ProcessGroup`, or `hdc_kernels.distributed.Ranks` of one, with options:
             the batches of all its ranks are one, of which every rank gets the loss. Gradients averaged over the ranks,
             as DDP does, are those of one process with the whole batch; see `hdc_kernels.distributed`.
@@ -182,7 +182,7 @@ def fused_info_nce(
             query, key, options, symmetric=symmetric, mask=mask, queries=queries, keys=keys
         )
     if queries is not None and negatives.dim() == 2:
-        (shared,) = meet(queries.ranks, negatives.device, len(negatives))
+        (shared,) = meet(queries.ranks, negatives.device, len(negatives), names=("negatives",))
     found = _against(query, key, negatives, in_batch, queries, keys, shared, options)
     excess = None
     if label_smoothing:
@@ -268,7 +268,7 @@ def _check_negatives(negatives: Tensor | None, query: Tensor, symmetric: bool, e
     if query.dim() != 2:
         raise ValueError(f"query has shape {list(query.shape)}; with negatives it must be [B, D]")
     rows, width = query.shape
-    some = empty or negatives.numel() > 0
+    some = negatives.numel() > 0 or (empty and (negatives.dim() == 2 or not rows))
     allowed = negatives.shape[-1:] == (width,) and some
     if not allowed or not (
         negatives.dim() == 2 or (negatives.dim() == 3 and negatives.shape[0] == rows)

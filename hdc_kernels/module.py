@@ -39,6 +39,8 @@ class Loss(nn.Module):
         }
         if temperature is not None:  # of a loss that learns a scale instead
             check_temperature(temperature)
+            if not isinstance(temperature, Tensor):
+                temperature = float(temperature)  # to the compiler, NumPy's would be no number
             options = {"temperature": temperature, **options}
         for name, value in options.items():
             setattr(self, name, value)

@@ -91,6 +91,8 @@ def _tilted_around(
     **options: Any,
 ) -> ring.Sums:
     """`ring.sums` of "tilted"."""
+    if not isinstance(temperature, Tensor):
+        temperature = float(temperature)  # before it is divided, in 16 bits perhaps
     sharp = ring.sums(
         "logsumexp", x, y, rows, temperature=temperature / (1 + beta), ranked=ranked, **options
     )

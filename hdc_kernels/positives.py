@@ -15,8 +15,8 @@ def embeddings(x: Tensor, *, normalize: bool) -> Tensor:
 def divide(similarity: Tensor, temperature: float | Tensor) -> Tensor:
     """Similarities as logits, of the same shape and dtype whatever a temperature tensor is."""
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(similarity.dtype).reshape(())
-    return similarity / temperature
+        return similarity / temperature.to(similarity.dtype).reshape(())
+    return similarity / float(temperature)
 
 
 def positive_logits(

@@ -132,6 +132,8 @@ def fused_siglip(
     )._replace(diagonal=False)
     if isinstance(bias, Tensor):
         bias = bias.to(reference.compute_dtype(image.dtype)).reshape(())
+    else:
+        bias = float(bias)
     positive = positive_logits(image, text[: len(image)], temperature, normalize=normalize)
     rows: Rows | None = None
     texts: Columns = text

@@ -110,7 +110,13 @@ def fused_sup_con(
     columns = labels if other_labels is None else other_labels
     across: Rows | None = None
     if process_group is not None:
-        across, others = meet(process_group, embeddings.device, len(embeddings), len(own))
+        across, others = meet(
+            process_group,
+            embeddings.device,
+            len(embeddings),
+            len(own),
+            names=("embeddings", "other"),
+        )
         y = others.share(own)
         columns = None if columns is None else others.gather_integers(columns.long())
     problem = _Problem(embeddings, own, y, holds_self, temperature, normalize, backend)

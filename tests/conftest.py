@@ -47,9 +47,15 @@ def encode(
     b_frames: int = 0,
     rate: Fraction | int = 25,
     options: dict[str, str] | None = None,
+    times: Sequence[int] | None = None,
+    unit: Fraction = Fraction(1, 1000),
+    rotation: int = 0,
     draw: Callable[[int, int, int], np.ndarray] = barcode,
 ) -> Path:
-    """Write a video; `draw` takes the frame's number, width and height."""
+    """Write a video; `draw` takes the frame's number, width and height.
+
+    `times`, in `unit`s of a second, replace those of a constant rate. `rotation` is how a player is to turn it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
@@ -58,9 +64,16 @@ def encode(
         stream.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
         stream.codec_context.thread_count = 1
+        if times is not None:
+            stream.codec_context.time_base = unit
+        if rotation:
+            stream.set_display_rotation(rotation)
         for number in range(frames):
             image = np.ascontiguousarray(draw(number, width, height))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], unit
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
+import hdc.probe
 from hdc import cli, distributed, training
 from hdc.config import (
     FinetuneConfig,
@@ -73,8 +75,8 @@ def work(videos: Path, broken: Path, out: Path) -> None:
     probe(ProbeConfig(**settings), whole)
     config = RetrieveConfig(**settings)
     retrieve(config, whole)
-    found = extract(config, load_encoder(config, None), whole, "train")
-    damaged = extract(config, load_encoder(config, None), part, "train")
+    found = extract(config, load_encoder(config, None, whole), whole, "train")
+    damaged = extract(config, load_encoder(config, None, part), part, "train")
     torch.save(
         {
             "whole": (found.vectors.clone(), found.manifest.path.tolist()),
@@ -160,7 +162,42 @@ def mistake() -> None:
     at_step(fail, rank=1, step=1)
 
 
-FAULTS = {"kills": kills, "hang": hang, "full-disk": full_disk, "mistake": mistake}
+def vanish() -> None:
+    """Move the videos away once the first batch is read."""
+    (data,) = (Path(one.removeprefix("--data=")) for one in sys.argv if one.startswith("--data="))
+    at_step(lambda: data.rename(data.with_name("away")), rank=0, step=0)
+
+
+def at_fit(action: Callable[[], None]) -> None:
+    """Call `action` where rank 0 fits the linear probe, and the others wait."""
+    fit = hdc.probe.fit_linear
+
+    def patched(features: Tensor, ids: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
+        assert os.environ["RANK"] == "0"
+        action()
+        return fit(features, ids, classes, l2)
+
+    hdc.probe.fit_linear = patched
+
+
+def long_fit() -> None:
+    distributed.TIMEOUT = timedelta(seconds=3)
+    at_fit(lambda: time.sleep(6))
+
+
+def killed_fit() -> None:
+    at_fit(kill)
+
+
+FAULTS = {
+    "kills": kills,
+    "hang": hang,
+    "full-disk": full_disk,
+    "mistake": mistake,
+    "vanish": vanish,
+    "long-fit": long_fit,
+    "killed-fit": killed_fit,
+}
 
 
 if __name__ == "__main__":

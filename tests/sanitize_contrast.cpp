@@ -284,6 +284,7 @@ int main() {
                     for (int64_t function : {HDC_LOGSUMEXP, HDC_SOFTPLUS, HDC_TILTED}) {  // more rows than columns
                         for (int64_t masked = 0; masked <= 1; masked++, calls++)
                             contrast({task, dtype, 1, 0, threads, 0, CONTIGUOUS, function, masked == 1}, {{1, 257, 5, 31}});
+                        contrast({task, dtype, 1, 0, threads, rounds, CONTIGUOUS, function}, {{1, 9, 0, 31}}), calls++;
                     }
                 }
     std::printf("%s: %ld calls\n", hdc_instruction_set(), long(calls));

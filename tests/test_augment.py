@@ -241,6 +241,22 @@ def test_autocast_does_not_reach_in(backend: str) -> None:
         assert torch.equal(views, augment_clips(**made, size=9, backend=backend))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_default_dtype_does_not_reach_in(backend: str, default: torch.dtype) -> None:
+    """Nor does a default device."""
+    for keys in ((), ("matrix",), ("matrix", "contrast")):
+        arguments = few(make(), *keys)
+        views = augment_clips(**arguments, size=9, backend=backend)
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                found = augment_clips(**arguments, size=9, backend=backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, views)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_to_one_graph(backend: str) -> None:
     made = few(make(), "matrix", "contrast")

@@ -2,14 +2,37 @@
 
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from embeddings import leaf, randn
+from equations import relative_error
 from torch import nn
 
-from hdc_kernels import HDNCE, InfoNCE, fused_hd_nce, fused_info_nce
-from hdc_kernels.checks import FLOATING
+from hdc_kernels import (
+    HDNCE,
+    InfoNCE,
+    fused_clip,
+    fused_dclw,
+    fused_hd_nce,
+    fused_hn_nce,
+    fused_info_nce,
+    fused_siglip,
+    fused_sup_con,
+)
+from hdc_kernels.checks import (
+    FLOATING,
+    check_bias,
+    check_number,
+    check_temperature,
+    check_weights,
+)
+from hdc_kernels.compat.sentence_transformers import multiple_negatives_ranking
 
 GOOD = torch.ones(4, 3)
 CLIPS = torch.ones(4, 2, 3)
@@ -231,6 +254,69 @@ def test_everything_allowed_is_accepted(temperature: Any, dtype: torch.dtype) ->
         [[clips, clips]], ((query, query),), alpha=(1,), beta=[0], temperature=temperature
     )
     assert loss.item() == pytest.approx(math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [Fraction, np.float64, np.float32, np.float16, np.int64])
+def test_every_real_number_is_one(number: Any) -> None:
+    """NumPy's and those of the standard library are what they are as a float."""
+    two, x = number(2), torch.eye(4, 3)
+    cases = [
+        (fused_info_nce, (x, x), {"temperature": two}),
+        (fused_info_nce, (x, x), {"temperature": two, "backend": "torch"}),
+        (fused_siglip, (x, x), {"temperature": two, "bias": -two}),
+        (fused_dclw, (x, x), {"temperature": two, "sigma": two}),
+        (fused_hn_nce, (x, x), {"temperature": two, "alpha": two, "beta": two}),
+        (fused_sup_con, (x, torch.arange(4) % 2), {"temperature": two}),
+        (fused_hd_nce, ([], [(x, x)]), {"alpha": (), "beta": [two], "temperature": two}),
+        (fused_clip, (x, x), {"temperature": two, "label_smoothing": number(1) / 2}),
+        (multiple_negatives_ranking, ([x, x],), {"scale": two}),
+    ]
+    for loss, inputs, options in cases:
+        plain = {
+            name: float(value) if isinstance(value, Number) else value
+            for name, value in options.items()
+        }
+        if loss is fused_hd_nce:
+            plain["beta"] = [2.0]
+        found = loss(*inputs, **options)
+        assert found.dtype == torch.float32
+        assert found == loss(*inputs, **plain)
+    module = torch.compile(InfoNCE(two), backend="aot_eager", fullgraph=True)
+    assert module(x, x) == fused_info_nce(x, x, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y, t: fused_info_nce(x, y, temperature=t, label_smoothing=t),
+        lambda x, y, t: fused_siglip(x, y, temperature=t, bias=-t),
+        lambda x, y, t: fused_dclw(x, y, temperature=t, sigma=t),
+        lambda x, y, t: fused_hn_nce(x, y, temperature=t, alpha=t, beta=t, tau_plus=t / 9),
+        lambda x, y, t: fused_hd_nce([], [(x, y)], alpha=[], beta=[t], temperature=t),
+    ],
+)
+def test_numbers_may_change_between_compiled_calls(loss: Any) -> None:
+    """From the second one on, the compiler does not know their values: no check may need one."""
+    x, y = leaf(6, 8), randn(6, 8, seed=1)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for number in (0.1, 0.2, 0.3):
+        found, exact = compiled(x, y, number), loss(x, y, number)
+        assert relative_error(found, exact) < 1e-12
+        slopes = [torch.autograd.grad(value, x)[0] for value in (found, exact)]
+        assert relative_error(*slopes) < 1e-12
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.ones(1), 1j, Decimal(1)])
+def test_what_is_no_real_number(value: Any) -> None:
+    """It may behave like one."""
+    for call, name in (
+        (lambda: check_temperature(value), "temperature"),
+        (lambda: check_bias("bias", value), "bias"),
+        (lambda: check_number("beta", value), "beta"),
+        (lambda: check_weights("alpha", [value]), "alpha"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} (is|holds) a {type(value).__name__};"):
+            call()
 
 
 def test_a_temperature_tensor_is_not_read() -> None:

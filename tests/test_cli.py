@@ -1,18 +1,28 @@
 """`hdc-train` as a user meets it: help, results, and one line for every mistake."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from hdc.cli import COMMANDS, main
+from hdc import environment
+from hdc.cli import COMMANDS, main, parse
+from hdc.config import RetrieveConfig
+from hdc.config import TestConfig as RecognitionConfig
+from hdc.data.clips import ClipConfig
 from hdc.data.synthetic import make_dataset
+from hdc.presets import PRESETS
 
+LONG = "n" * 300  # more than file systems take
 TINY = ["--backbone=tiny", "--clips.size=32", "--device=cpu"]
 TRAIN = [*TINY, "--augment.crop_size=28", "--batch_size=5", "--epochs=1"]
 
@@ -44,6 +54,7 @@ def test_alone_says_what_it_can_do_and_where_to_start(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in COMMANDS)
     assert "hdc-train demo" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -106,6 +117,114 @@ def test_values_come_from_preset_then_file_then_options(videos: Path, tmp_path: 
     assert main(["pretrain", f"--config={out / 'config.yaml'}", "--resume"]) == 0
 
 
+def test_a_printed_configuration_is_that_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data=x", "--preset", "table1-sc5", "--objective.temperature=0.2"]
+    with pytest.raises(SystemExit):
+        main(["pretrain", *given, "--print_config"])
+    (tmp_path / "options.yaml").write_text(capsys.readouterr().out)
+    by_hand, by_file = (
+        parse("pretrain", COMMANDS["pretrain"], options)[0]
+        for options in (given, [f"--config={tmp_path / 'options.yaml'}"])
+    )
+    assert by_hand.objective == replace(PRESETS["table1-sc5"].objective, temperature=0.2)
+    assert by_file == by_hand
+
+
+def next_command(shown: str) -> list[str]:
+    """The words of the command that was printed."""
+    (line,) = [line for line in shown.splitlines() if line.startswith("next: ")]
+    program, *words = shlex.split(line.removeprefix("next: "))
+    assert program == "hdc-train"
+    return words
+
+
+def test_the_next_command_tests_on_the_split_that_was_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with the run's clips, classes and sizes, wherever it lies."""
+    manifest = make_dataset(tmp_path / "the videos", train=10, test=10, seed=0)[0]
+    first = manifest.columns["split1"]
+    manifest.columns["split2"] = np.where(first == "train", "test", "train")
+    manifest.columns["action"] = manifest.columns.pop("label")
+    manifest.write()
+    data, out = f"--data={manifest.source.parent}", tmp_path / "run [x] :bug:"
+    options = ["--split=2", "--label=action", "--norm_eps=0.001", "--clips.start_every=4"]
+    assert main(["finetune", data, f"--out={out}", *options, *TRAIN]) == 0
+    shown = capsys.readouterr().out
+    assert f"wrote {out}/checkpoint.pt and {out}/metrics.jsonl\n" in shown
+    name, *words = next_command(shown)
+    assert name == "test"
+    assert parse(name, COMMANDS[name], words)[0] == RecognitionConfig(
+        data=str(manifest.source.parent),
+        out=str(out),
+        split=2,
+        label="action",
+        backbone="tiny",
+        norm_eps=0.001,
+        clips=ClipConfig(size=32, start_every=4),
+        device="cpu",
+        checkpoint=str(out / "checkpoint.pt"),
+        crop_size=28,
+    )
+    assert main([name, *words]) == 0
+    tested = json.loads((out / "test.json").read_text())
+    trained_on = set(manifest.rows("train", 2).path.tolist())
+    assert len(tested["predictions"]) == 10
+    assert not trained_on & {entry["path"] for entry in tested["predictions"]}
+
+
+def test_the_next_command_retrieves_with_what_was_pretrained(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = [f"--data={videos}", f"--out={out}", "--seed=3", *TRAIN]
+    assert main(["pretrain", *options]) == 0
+    name, *words = next_command(capsys.readouterr().out)
+    assert name == "retrieve"
+    assert parse(name, COMMANDS[name], words)[0] == RetrieveConfig(
+        data=str(videos),
+        out=str(out),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        device="cpu",
+        seed=3,
+        checkpoint=str(out / "checkpoint.pt"),
+        crop_size=28,
+    )
+    assert main([name, *words]) == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out in (
+        f"hdc-train {environment.package_version('hdc')}\n",
+        "hdc-train of a checkout, not installed\n",
+    )
+
+
+def test_help_on_a_terminal_of_ascii() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hdc.cli", "pretrain", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u2212" in done.stdout
+
+
+def test_whoever_reads_may_stop() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hdc.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     make_dataset(root, train=10, test=5, seed=0)
@@ -129,7 +248,21 @@ def test_folder_without_manifest_is_indexed_once(videos: Path, tmp_path: Path) -
             ["pretrain", "--data=DATA", "--preset=x"],
             "preset is 'x'; it must be one of table1-sc5, ",
         ),
+        (["pretrain", "--data=DATA", "--preset"], "--preset: expected one argument"),
+        (["pretrain", "--data=DATA", "--pres=table1-sc5"], "unrecognized arguments: --pres="),
+        (["pretrain", "--data=DATA", "--config=PRESET"], "preset is in a --config file; "),
+        (["finetune", "--data=DATA", "--config=PRESET"], "preset"),
         (["pretrain", "--data=DATA", "--config=nope.yaml"], "nope.yaml"),
+        (["pretrain", "--data=DATA", f"--seed={2**64}"], "it must be from 0 to 2^64 - 1"),
+        (["demo", "--seed=-1"], "seed is -1; it must be from 0 to 2^64 - 1"),
+        (["pretrain", "--data=LONG"], f"{LONG}: file name too long"),
+        (["pretrain", f"--data={'/d' * 3000}"], "/d/d: file name too long"),
+        (["finetune", "--data=DATA", "--checkpoint=LONG"], f"{LONG}: file name too long"),
+        (["report", "LONG"], f"{LONG}: file name too long"),
+        (["report", "RUN", "--data=LONG"], f"{LONG}: file name too long"),
+        (["export", "LONG", "EMPTY"], f"{LONG}: file name too long"),
+        (["pack", "LONG"], f"{LONG}: file name too long"),
+        (["prepare", "folder", "LONG", "EMPTY"], f"{LONG}: file name too long"),
         (["pretrain", "--data=DATA", "--objective.temperature=0"], "objective.temperature is 0"),
         (["pretrain", "--data=DATA", "--objective.alpha=[1]"], "objective.alpha has 1 weights"),
         (["pretrain", "--data=DATA", "--objective.spatial_scales=[2]"], "3, 4 and 5 at most once"),
@@ -173,11 +306,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)  # where the default folders go
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("not a checkpoint")
+    (tmp_path / "preset.yaml").write_text("preset: table1-sc5")
     places = {
         "DATA": videos,
         "EMPTY": tmp_path / "empty",
         "FILE": tmp_path / "file",
         "PRETRAINED": pretrained,
+        "RUN": pretrained.parent,
+        "PRESET": tmp_path / "preset.yaml",
+        "LONG": Path(LONG),
     }
     for word, place in places.items():
         arguments = [argument.replace(word, str(place)) for argument in arguments]

@@ -78,6 +78,7 @@ def test_temperature_gets_its_gradient() -> None:
     ("inputs", "options", "message"),
     [
         ((randn(2, 4, 5), randn(4, 5)), {}, r"query has shape \[2, 4, 5\]; it must be \[N, D\]"),
+        ((randn(4, 5), randn(4, 5).float()), {}, "positive_key has dtype torch.float32 but query"),
         ((randn(4, 5), randn(3, 5)), {}, r"positive_key has shape \[3, 5\] but query has"),
         ((randn(4, 5), randn(4, 5), randn(4, 3, 5)), {}, r"it must be \[M, D\]"),
         (

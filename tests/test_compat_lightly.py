@@ -150,6 +150,22 @@ def test_errors(loss: Any) -> None:
         loss(temperature=0)
 
 
+@pytest.mark.parametrize(
+    "loss", [NTXentLoss(), NTXentLoss(memory_bank_size=(8, 4)), DCLLoss(weight_fn=distance)]
+)
+def test_errors_of_the_embeddings(loss: Any) -> None:
+    """Also where the loss gets what a bank or a weight makes of them."""
+    x = randn(3, 4)
+    with pytest.raises(TypeError, match=r"dtype torch\.int64; it must be one of float64"):
+        loss(x.long(), x.long())
+    for pair, message in (
+        ((x, x.float()), "dtype torch.float32 but .* has torch.float64; they must be equal"),
+        ((x, x[:2]), r"shape \[2, 4\] but .* has \[3, 4\]; they must be equal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(*pair)
+
+
 @pytest.mark.parametrize("size", [8, (8, 4, 2), (-8, 4), (8,)])
 def test_errors_of_the_bank(size: Any) -> None:
     """The peer refuses them, too."""

@@ -3,7 +3,10 @@
 And against the packages that have that loss under another name.
 """
 
+from fractions import Fraction
+
 import info_nce
+import numpy as np
 import peer_imports
 import pytest
 import torch
@@ -62,6 +65,12 @@ def test_v3(tau: float) -> None:
         randn(6, 5, seed=1),
         torch.tensor(tau, dtype=torch.float64),
     )
+    inputs = randn(6, 5), randn(6, 5, seed=1)
+    for one in (torch.tensor([tau], dtype=torch.float64), np.float64(tau), Fraction(tau)):
+        narrow = contrastive_loss(*(x.float() for x in inputs), one)
+        assert narrow.dtype == torch.float32
+        assert narrow.shape == ()
+        assert narrow.item() == pytest.approx(exact(*inputs, tau).item(), rel=1e-6)
     expected = exact(randn(6, 5), randn(6, 5, seed=1), torch.tensor(1.0))
     assert contrastive_loss(randn(6, 5), randn(6, 5, seed=1)).item() == pytest.approx(
         expected.item(), rel=1e-12

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hdc_kernels.compat.open_clip import ClipLoss
+from hdc_kernels.compat.open_clip import ClipLoss, SigLipLoss
 
 open_clip = peer_imports.open_clip()
 
@@ -89,3 +89,11 @@ def test_clip_loss_has_one_gradient() -> None:
     features = randn(4, 5), randn(4, 5, seed=1)
     losses = [ClipLoss(*flags)(*features, 3.0) for flags in ((), (True, True), (False, True))]
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss()])
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.ones(2)])
+def test_a_scale_that_is_none(scale: Any, loss: Any) -> None:
+    """Under its own name."""
+    with pytest.raises(ValueError, match=r"^logit_scale is "):
+        loss(randn(4, 5), randn(4, 5), scale, None)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import pytorch_metric_learning.losses as peer
 import torch
-from embeddings import leaf
+from embeddings import leaf, randn
 from equations import relative_error
 from torch import Tensor
 
@@ -202,3 +202,33 @@ def test_what_is_refused() -> None:
         ours.CrossBatchMemory(loss, 4)(x, labels, enqueue_mask=labels[:2] > 0)
     assert "temperature=0.1" in repr(loss)
     assert "embedding_size=4, memory_size=7" in repr(ours.CrossBatchMemory(loss, 4, 7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"embeddings": [1.0]}, TypeError, "embeddings is a list; it must be a tensor"),
+        ({"embeddings": randn(3, 4).long()}, TypeError, "embeddings has dtype torch.int64"),
+        ({"embeddings": randn(3, 5)}, ValueError, r"embeddings has shape \[3, 5\]; .* \[B, 4\]"),
+        ({"labels": torch.arange(2)}, ValueError, r"labels has shape \[2\] but embeddings has"),
+        ({"labels": randn(3)}, TypeError, "labels has dtype torch.float64; it must be an integer"),
+        ({"enqueue_mask": [True]}, TypeError, "enqueue_mask is a list; it must be a tensor"),
+        (
+            {"enqueue_mask": torch.arange(3)},
+            TypeError,
+            "enqueue_mask is a Tensor of torch.int64; it must be a tensor .* of bool",
+        ),
+    ],
+)
+def test_what_is_refused_does_not_enter_the_memory(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """The next batch finds it as it was."""
+    memory, batch = ours.CrossBatchMemory(ours.SupConLoss(), 4, 7), randn(3, 4)
+    memory(batch, torch.arange(3))
+    kept = memory.embedding_memory.clone(), memory.label_memory.clone()
+    with pytest.raises(error, match=message):
+        memory(**{"embeddings": batch, "labels": torch.arange(3), **changes})
+    assert memory.filled == 3
+    assert torch.equal(memory.embedding_memory, kept[0])
+    assert torch.equal(memory.label_memory, kept[1])

@@ -1,5 +1,6 @@
 """Against sentence-transformers 6.2.0 itself, with a model of one random layer."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -189,7 +190,8 @@ def test_the_model_card_s_entries() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": 0.0}, "scale is 0.0; it must be positive"),
+        ({"scale": 0.0}, "scale is 0.0; it must be positive and finite"),
+        ({"scale": torch.ones(2)}, r"scale is a float32 tensor \[2\]; as a tensor it must be"),
         ({"similarity_fct": euclidean_sim}, "similarity_fct is 'euclidean_sim'; only"),
         ({"directions": ("doc_to_query",)}, "it must have 'query_to_doc'"),
         ({"directions": ("query_to_all",)}, "an entry of directions is 'query_to_all'; it must be"),
@@ -219,7 +221,48 @@ def test_errors_of_the_cached_loss(options: dict[str, Any], message: str) -> Non
         CachedMultipleNegativesRankingLoss(Encoder(), **options)
 
 
-def test_queries_alone() -> None:
-    """Two columns at least."""
-    with pytest.raises(ValueError, match="embeddings has 1 entries; it must have queries and"):
-        multiple_negatives_ranking([randn(4, 5)])
+Q = randn(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "error", "message"),
+    [
+        ([Q], ValueError, "embeddings has 1 entries; it must have queries and documents at least"),
+        ([Q, [1.0]], TypeError, "embeddings[1] is a list; it must be a tensor [B, D]"),
+        ([Q.long(), Q.long()], TypeError, "embeddings[0] has dtype torch.int64; it must be one of"),
+        ([Q[None], Q[None]], ValueError, "embeddings[0] has shape [1, 4, 5]; it must be [B, D]"),
+        (
+            [Q, Q.bfloat16()],
+            ValueError,
+            "embeddings[1] has dtype torch.bfloat16 but embeddings[0] has torch.float64; they must be equal",
+        ),
+        (
+            [Q, Q, Q.to("meta")],
+            ValueError,
+            "embeddings[2] has device meta but embeddings[0] has cpu; they must be equal",
+        ),
+        (
+            [Q, Q[:, :3]],
+            ValueError,
+            "embeddings[1] has shape [4, 3] but embeddings[0] has [4, 5]; they must be equal",
+        ),
+        (
+            [Q, Q[:1]],
+            ValueError,
+            "embeddings[1] has shape [1, 5] but embeddings[0] has [4, 5]; they must be equal",
+        ),
+        (
+            [Q, Q, Q[:3]],
+            ValueError,
+            "embeddings[2] has shape [3, 5] but embeddings[0] has [4, 5]; they must be equal",
+        ),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embeddings_are_refused(
+    variant: Any, embeddings: Any, error: type[Exception], message: str
+) -> None:
+    """In every direction, before a kernel reads them."""
+    directions, partition_mode = variant
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        multiple_negatives_ranking(embeddings, directions=directions, partition_mode=partition_mode)

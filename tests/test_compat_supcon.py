@@ -25,7 +25,11 @@ def features(images: int, views: int, *shape: int, seed: int = 0) -> Tensor:
 
 
 def formula(
-    x: Tensor, positive: Tensor, temperature: float, mode: str, base_temperature: float
+    x: Tensor,
+    positive: Tensor,
+    temperature: float | Tensor,
+    mode: str,
+    base_temperature: float | Tensor,
 ) -> Tensor:
     """−T/T_base · mean over anchors (i, u) of the mean over (j, v) ≠ (i, u) with positive[i, j]; else 0."""
     images, views = x.shape[:2]
@@ -140,12 +144,29 @@ def test_a_small_temperature_in_half_precision() -> None:
     assert gradient.isfinite().all()
 
 
+def test_a_temperature_tensor() -> None:
+    """Of any shape and dtype, with its whole gradient: the loss is a number in its own dtype."""
+    x = features(4, 2, 3)
+    t, base = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 0.5))
+    found = torch.autograd.grad(SupConLoss(t, "all", base)(x), (x, t, base))
+    exact = torch.autograd.grad(
+        formula(x, torch.eye(4, dtype=torch.bool), t, "all", base), (x, t, base)
+    )
+    for ours, truth in zip(found, exact, strict=True):
+        assert relative_error(ours, truth) < 1e-12
+    loss = SupConLoss(t[None], "all", base[None])(x.float())
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+
+
 def test_errors() -> None:
     """One line that says what was given and what is allowed."""
     x = features(3, 2, 4)
     labels, mask = torch.arange(3), torch.eye(3)
     with pytest.raises(ValueError, match="contrast_mode is 'two'; it must be one of 'all', 'one'"):
         SupConLoss(contrast_mode="two")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="base_temperature is 0; it must be positive and finite"):
+        SupConLoss(base_temperature=0)
     with pytest.raises(ValueError, match=r"features has shape \[3, 4\]; it must be \[B, V, ...\]"):
         SupConLoss()(x[:, 0])
     with pytest.raises(TypeError, match="features is a list"):

@@ -197,6 +197,9 @@ def test_metrics(matrix: Any, ours: Any) -> None:
     lse = torch.stack([side.logsumexp(1) for side in found.logits]).mean(0).view(found.shape)
     torch.testing.assert_close(metrics.logsumexp, lse, rtol=1e-12, atol=0)
     assert value.item() == pytest.approx(ours(x, y, temperature=TAU).item(), rel=1e-13)
+    value, metrics = ours(x, y, temperature=TAU, reduction="none", return_metrics=True)
+    value.zero_()
+    torch.testing.assert_close(metrics.loss, terms, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("ours", "matrix"), WITH_IDS)

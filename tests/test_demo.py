@@ -51,6 +51,19 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
+@pytest.mark.parametrize("text", ['{"seed": 0, "trai', "{}", "[]"])
+def test_settings_that_were_cut_short(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "settings.json").write_text(text)
+    assert main(["demo", f"--out={tmp_path}", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "data" / "settings.json") in error
+    assert ("it is not JSON from line 1, column 13 on" in error) == text.endswith("trai")
+
+
 def test_other_videos_in_the_folder_are_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ from hdc_kernels import (
     fused_hn_nce,
     fused_info_nce,
     fused_siglip,
+    fused_sup_con,
 )
 from hdc_kernels.backends import Mask
 from hdc_kernels.call import Call
@@ -345,11 +346,31 @@ def keys_without_gradients(rank: int, world_size: int) -> None:
 
 def refusals(rank: int, world_size: int) -> None:
     """One line each, before anybody waits for anybody."""
-    x = randn(3, 4)
+    x, labels = randn(3, 4), torch.arange(3)
     for call, message in (
         (
             lambda: fused_clip(x[:0], x[:0], process_group=dist.group.WORLD),
-            "the batches of all ranks are empty",
+            "the batch is empty on all ranks; one rank at least must have a row",
+        ),
+        (
+            lambda: fused_info_nce(
+                x, x, negatives=x[:0], in_batch=False, process_group=dist.group.WORLD
+            ),
+            "negatives is empty on all ranks",
+        ),
+        (
+            lambda: fused_info_nce(x, x, negatives=randn(3, 0, 4), process_group=dist.group.WORLD),
+            r"negatives has shape \[3, 0, 4\]; it must be .* with M ≥ 1",
+        ),
+        (
+            lambda: fused_sup_con(
+                x, labels, other=x[:0], other_labels=labels[:0], process_group=dist.group.WORLD
+            ),
+            "other is empty on all ranks",
+        ),
+        (
+            lambda: fused_sup_con(x[:0], labels[:0], process_group=dist.group.WORLD),
+            "embeddings is empty on all ranks",
         ),
         (lambda: Ranks(dist.group.WORLD, strategy="tree"), "strategy is 'tree'; it must be one of"),
         (

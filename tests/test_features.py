@@ -1,7 +1,7 @@
 """Frozen features: which frames they see, how they are pooled, and that no video gets lost."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -177,16 +177,18 @@ def test_mistakes_are_found_before_the_work(
         extract(CONFIG, MeanColor(), short, "test")
 
 
-def test_load_encoder(tmp_path: Path) -> None:
+def test_load_encoder(tmp_path: Path, numbered: Manifest) -> None:
     """Random weights follow from the seed; those of a checkpoint replace them."""
 
     def weights(seed: int, path: str | None = None) -> Tensor:
-        return load_encoder(replace(CONFIG, seed=seed), path).block1[0].weight
+        return load_encoder(replace(CONFIG, seed=seed), path, numbered).block1[0].weight
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
-    assert not load_encoder(CONFIG, None).training
-    state = {f"backbone.{k}": v for k, v in load_encoder(CONFIG, None).state_dict().items()}
+    assert not load_encoder(CONFIG, None, numbered).training
+    state = {
+        f"backbone.{k}": v for k, v in load_encoder(CONFIG, None, numbered).state_dict().items()
+    }
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, "pretrain", {"config": {"backbone": "tiny"}, "model": state})
+    checkpoint.save(path, "pretrain", {"config": asdict(CONFIG), "model": state})
     assert torch.equal(weights(2, str(path)), weights(CONFIG.seed))

@@ -242,6 +242,12 @@ def test_metrics(
         assert metrics.rank.tolist() == ranks.tolist()
         assert metrics.accuracy.item() == pytest.approx((ranks == 0).double().mean().item())
         assert metrics.accuracy.dtype == torch.float32
+        options["sample_weights"] = None
+        terms, metrics = fused_hn_nce(
+            query, key, labels=labels, reduction="none", return_metrics=True, **options
+        )
+        terms.zero_()
+        torch.testing.assert_close(metrics.loss.double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("weighting", [{}, {"beta": 0.5}, {"tau_plus": 0.1}, {"alpha": 0.0}])

@@ -420,6 +420,7 @@ def test_module_equals_function() -> None:
         ({"negatives": randn(3, 5)}, r"negatives has shape \[3, 5\]; it must be .* here \[M, 4\]"),
         ({"negatives": randn(6, 3, 4)}, r"negatives has shape \[6, 3, 4\]; .* or \[5, M, 4\]"),
         ({"negatives": randn(0, 4)}, r"negatives has shape \[0, 4\]"),
+        ({"negatives": randn(5, 0, 4)}, r"negatives has shape \[5, 0, 4\]"),
         ({"negatives": randn(3, 4).float()}, "negatives has dtype torch.float32 but query has"),
         ({"negatives": randn(3, 4), "symmetric": True}, "symmetric is True but there are negat"),
         ({"ids": 3}, r"ids is a int; it must be a tensor \[B\] or a pair"),

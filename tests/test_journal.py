@@ -1,7 +1,8 @@
 """The log of a run: what a resumed run keeps, and what a killed one leaves."""
 
 import json
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,6 @@ def test_numbers_reach_tensorboard(written: Path) -> None:
 
 def test_resume_drops_later_lines(written: Path) -> None:
     """Steps 3 and 4 were after the checkpoint: they run, and are logged, again."""
-    time.sleep(1)  # TensorBoard reads files in the order of their names, which hold the second
     journal = Journal(written, 3)
     assert steps(written) == [0, 1, 2]
     journal.write(3, loss=9.0)
@@ -83,3 +83,35 @@ def test_no_journal_yet(tmp_path: Path) -> None:
     assert read(tmp_path / "metrics.jsonl") == []
     Journal(tmp_path / "new run", 10).close()
     assert read(tmp_path / "new run" / "metrics.jsonl") == []
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from hdc.errors import InputError
+from hdc.journal import Journal
+
+journal = Journal(Path(sys.argv[1]), 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    for step in range(200):
+        journal.write(step, **{sys.argv[2]: 1 if sys.argv[2] == "a" else "text"})
+except InputError as error:
+    print(error)
+journal.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "file"),
+    [("name" * 20, "metrics.jsonl"), ("a", "tensorboard/events.out.tfevents.*")],
+)
+def test_full_disk_is_one_line(value: str, file: str, tmp_path: Path) -> None:
+    """Of the two files one is full first; nothing else is said, not even as the process ends."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    (path,) = tmp_path.glob(file)
+    assert (done.stdout, done.stderr) == (f"cannot write {path}: file too large\n", "")
+    assert path.stat().st_size == 2000
+    assert steps(tmp_path) == list(range(len(steps(tmp_path))))
+    assert len(steps(tmp_path)) > 10

@@ -126,6 +126,10 @@ def test_labels_count_from_zero_in_the_order_of_names(tmp_path: Path) -> None:
         ("path,frames\na.avi,-3\n", "line 2: frames is '-3'"),
         ("path,frames\na.avi,\n", "line 2: frames is ''"),
         ("path,frames\na.avi\n", "line 2: frames is None"),
+        (f"path,frames\na.avi,{10**19}\n", "line 2: frames is '1.*at most 18 digits"),
+        (f"path,frames\na.avi,{'9' * 5000}\n", "line 2: frames is '9.*at most 18 digits"),
+        ("label,frames,path\nRun,16\n", "line 2: path is empty"),
+        ("path,frames\na.avi,16\n,16\n", "line 3: path is empty"),
         ("path,start,frames\na.avi,-1,16\n", "line 2: start is '-1'.*at least 0"),
         ("path,start,frames\na, b.avi,0,16\n", "line 2: start is ' b.avi'"),
     ],
@@ -140,6 +144,8 @@ def test_unreadable_file(tmp_path: Path) -> None:
         read_manifest(tmp_path / "none.csv")
     with pytest.raises(InputError, match="cannot read the manifest"):
         read_manifest(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read the manifest .*null byte"):
+        read_manifest(Path("a\0.csv"))
     (tmp_path / "binary.csv").write_bytes(b"path,frames\n\xff\xfe\x00,1\n")
     with pytest.raises(InputError, match=r"cannot read the manifest .*binary\.csv"):
         read_manifest(tmp_path / "binary.csv")
@@ -149,6 +155,8 @@ def test_unknown_split_or_empty_part(tmp_path: Path) -> None:
     manifest = read_manifest(store(tmp_path))
     with pytest.raises(InputError, match="no column split3; it has split1, split2"):
         manifest.rows("train", 3)
+    with pytest.raises(InputError, match=r"no column split1; it has no splits$"):
+        read_manifest(store(tmp_path, "path,frames\na.avi,16\n")).rows("train", 1)
     with pytest.raises(InputError, match="split 1 has no test videos"):
         manifest.take(np.array([0, 2])).rows("test", 1)
 

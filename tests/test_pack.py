@@ -120,6 +120,22 @@ def test_the_same_clips(
     assert clips(manifest, workers=2, **config) == decoded
 
 
+def test_phone_videos(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """Read where they lie: frames of unequal length, to be turned by a quarter."""
+    source = tmp_path / "a"
+    times = [100 * min(n, 30) + 20 * max(0, n - 30) for n in range(60)]
+    for name, how in {"1.mp4": {}, "2.mkv": {"codec": "libx264", "b_frames": 2}}.items():
+        write_video(source / name, 60, width=96, times=times, rotation=90, **how)
+    prepare("folder", tmp_path, tmp_path, PrepareConfig(workers=1, no_transcode=True))
+    manifest = read_manifest(tmp_path / "manifest.csv")
+    assert manifest.columns["height"].tolist() == ["96"] * 2
+    decoded = clips(manifest)
+    pack(manifest.source, ONE)
+    for path in source.iterdir():
+        path.write_bytes(b"")
+    assert clips(manifest) == decoded
+
+
 def test_the_same_whole_videos(manifest: Manifest, small_shards: list[int]) -> None:
     rows = manifest.rows("test", 1)
     expected = [WholeVideos(rows, SIDE, 0, None)[row] for row in range(2)]

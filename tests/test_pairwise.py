@@ -95,6 +95,23 @@ def test_gradcheck(reduction: Reduction, backend: str) -> None:
             assert torch.autograd.gradgradcheck(finite, (x, y, tau, bias))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_columns(reduction: Reduction, dtype: torch.dtype) -> None:
+    """A sum over nothing, without a gradient, whatever was in the kernel's memory before."""
+    options: dict[str, Any] = {"reduction": reduction, "backend": "cpu"}
+    scalars = torch.tensor(0.5, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    nan = torch.full((6, 8), torch.nan, dtype=dtype, requires_grad=True)
+    all_functions(nan, nan.detach(), *scalars, **options).sum().backward()
+    inputs = *leaves((6, 8), (0, 8), dtype=dtype), *scalars
+    found = all_functions(*inputs, **options)
+    for logarithm, softplus, tilted in found.detach().view(3, -1).T:
+        assert logarithm == tilted == -torch.inf
+        assert softplus == 0
+    for slope in torch.autograd.grad(found, inputs, torch.ones_like(found)):
+        assert torch.equal(slope, torch.zeros_like(slope))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_symmetric_logsumexp(reduction: Reduction) -> None:
     """The mean with the columns', first and second derivatives included."""

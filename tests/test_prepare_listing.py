@@ -67,6 +67,16 @@ def test_hmdb51(videos: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_that_is_no_utf8_further_down(tmp_path: Path) -> None:
+    """Its head can be read, so it counts as a list."""
+    rows = "".join(f"run,x{i},0,10\n" for i in range(1000)).encode()
+    (tmp_path / "train.csv").write_bytes(
+        b"label,youtube_id,time_start,time_end\n" + rows + b"ru\xff,x,0,10\n"
+    )
+    with pytest.raises(InputError, match=r"cannot read .*train\.csv: it is not UTF-8"):
+        list_kinetics400(tmp_path)
+
+
 KINETICS = {
     "annotations/train.csv": "\ufefflabel,youtube_id,time_start,time_end,split\r\n"
     "playing squash or racquetball,-0_aB3cdEfg,1,11,train\r\n"
@@ -185,6 +195,11 @@ def test_video_folder(
         (
             list_kinetics400,
             {"val.csv": "label,youtube_id,time_start,time_end,split\nrun,x\n"},
+            r"val\.csv, line 2",
+        ),
+        (
+            list_kinetics400,
+            {"val.csv": "label,youtube_id,time_start,time_end\nrun,x,inf,10\n"},
             r"val\.csv, line 2",
         ),
     ],

@@ -162,6 +162,10 @@ def test_rotation(
     assert (info.width, info.height) == ((48, 32) if rotation == 180 else (32, 48))
     lying = np.rot90(read_all(target, 32), -rotation // 90, axes=(1, 2))
     assert frame_numbers(lying) == list(range(20))
+    # Unprepared, it is the same but for what coding loses.
+    assert (measure(source).height, measure(source).width) == read_all(source, 64).shape[1:3]
+    difference = read_all(source, 32).astype(int) - read_all(target, 32)
+    assert abs(difference).mean() < 8  # of 190 between dark and light
 
 
 @pytest.mark.parametrize(

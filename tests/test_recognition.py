@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def brightness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recognition, "load_classifier", lambda config: (Brightness(), ("a", "b")))
+    monkeypatch.setattr(recognition, "load_classifier", lambda *given: (Brightness(), ("a", "b")))
 
 
 def level(logit: float) -> int:
@@ -126,6 +126,62 @@ def test_scores_are_averaged(
         {"path": "mixed.avi", "class": "a", "predicted": "a"},
     ]
     assert [Path(entry["path"]).name for entry in written["unreadable"]] == ["bad.avi"]
+    # With two classes, everything is among the first five.
+    assert result.video_top5_accuracy is result.clip_top5_accuracy is None
+    assert written["video_top5_accuracy"] is written["clip_top5_accuracy"] is None
+
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.npz", "test.json"]
+    with np.load(tmp_path / "out" / "scores.npz") as scores:
+        assert scores["paths"].tolist() == [name for name, *_ in VIDEOS]
+        assert scores["starts"].tolist() == [0, 0, 0, 0]
+        assert scores["labels"].tolist() == [1, 0, 1, 0]
+        assert scores["classes"].tolist() == ["a", "b"]
+        probabilities = scores["probabilities"]
+    assert probabilities.dtype == np.float32
+    of_b = [np.mean(1 / (1 + np.exp(-np.array(logits)))) for *_, logits in VIDEOS]
+    np.testing.assert_allclose(probabilities[:, 1], of_b, atol=0.02)  # the coding's
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+
+
+class Steps(nn.Module):
+    """Stands in for a classifier of 7 classes: the nearer a crop's mean grey is to 30 + 30·c, the likelier is c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(30 + 30 * torch.arange(7.0))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        grey = (clips.mean((1, 2, 3, 4)) + 1) * 127.5
+        return -(grey[:, None] - self.centres).abs() / 10
+
+
+def test_top5(
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    make_manifest: Callable[..., Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Greys near class 2, whose ranking is 2, 3, 1, 4, 0, 5, 6, and near class 6, with 6, 5, 4, 3, 2, 1, 0."""
+    monkeypatch.setattr(recognition, "load_classifier", lambda *given: (Steps(), tuple("abcdefg")))
+    videos = [(92, "c"), (92, "d"), (92, "a"), (92, "f"), (208, "c"), (208, "b"), (208, "g")]
+    rows = []
+    for number, (grey, label) in enumerate(videos):
+
+        def draw(number: int, width: int, height: int, grey: int = grey) -> np.ndarray:
+            return np.full((height, width, 3), grey, np.uint8)
+
+        name = f"{number}.avi"
+        write_video(tmp_path / name, 16 + 16 * number, width=32, height=32, draw=draw)
+        rows.append((name, 0, 16 + 16 * number, label, "test"))
+    config = replace(CONFIG, out=str(tmp_path / "out"))
+    result = recognition.test(config, make_manifest(tmp_path, rows))
+    assert result.video_accuracy == 2 / 7  # the first and the last
+    assert result.clip_accuracy == (1 + 7) / 28
+    assert result.video_top5_accuracy == 5 / 7  # not the fourth and the sixth
+    assert result.clip_top5_accuracy == (28 - 4 - 6) / 28
+    written = json.loads((tmp_path / "out" / "test.json").read_text())
+    assert written["video_top5_accuracy"] == result.video_top5_accuracy
+    assert written["clip_top5_accuracy"] == result.clip_top5_accuracy
 
 
 @pytest.mark.usefixtures("brightness")
@@ -162,19 +218,19 @@ def test_mistakes(tmp_path: Path, make_manifest: Callable[..., Manifest]) -> Non
         replace(CONFIG, crop_size=40)
 
 
-def test_load_classifier(tmp_path: Path) -> None:
+def test_load_classifier(tmp_path: Path, numbered: Manifest) -> None:
     """The weights and the classes are those that were stored; evaluation has no dropout."""
     trained = Classifier(build_backbone("tiny"), classes=3, dropout=0.5)
     path = tmp_path / "checkpoint.pt"
-    state = {"config": {"backbone": "tiny"}, "model": trained.state_dict(), "classes": list("xyz")}
+    state = {"config": asdict(CONFIG), "model": trained.state_dict(), "classes": list("xyz")}
     checkpoint.save(path, "finetune", state)
-    model, classes = load_classifier(replace(CONFIG, checkpoint=str(path)))
+    model, classes = load_classifier(replace(CONFIG, checkpoint=str(path)), numbered)
     assert classes == ("x", "y", "z")
     clips = torch.rand(2, 3, 16, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(model(clips), trained.eval()(clips))
     with pytest.raises(InputError, match=r"backbone tiny\) do not fit backbone c3d: .* missing"):
-        load_classifier(replace(CONFIG, checkpoint=str(path), backbone="c3d"))
+        load_classifier(replace(CONFIG, checkpoint=str(path), backbone="c3d"), numbered)
     checkpoint.save(path, "pretrain", state)
     with pytest.raises(InputError, match="is a pretrain checkpoint; a finetune one is needed"):
-        load_classifier(replace(CONFIG, checkpoint=str(path)))
+        load_classifier(replace(CONFIG, checkpoint=str(path)), numbered)

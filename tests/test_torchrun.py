@@ -6,6 +6,7 @@ Every process here computes with one thread: the number of threads decides the o
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from torch.distributed import TCPStore
 
 from hdc import checkpoint
 from hdc.data.manifest import read_manifest
@@ -30,6 +32,8 @@ TRAIN = [
     "--checkpoint_every=1",
     "--device=cpu",
 ]
+
+PROBE = ["--backbone=tiny", "--clips.size=32", "--crop_size=28", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +225,59 @@ def test_error_is_one_line(
     assert done.returncode != 0
     assert said(done) == [message.format(tmp_path)]
     assert state(tmp_path)["step"] == 1
+
+
+def test_disk_that_vanishes(videos: Path, tmp_path: Path) -> None:
+    """All ranks find the same, that no rank could read anything; the checkpoint before it stays."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(videos, data)
+    done = torchrun(2, "fault", "vanish", "pretrain", f"--data={data}", f"--out={out}", *TRAIN)
+    assert done.returncode != 0
+    (line,) = said(done)
+    assert line.startswith(
+        "hdc-train: training stopped at step 1: of a batch of 8 videos (batch_size), fewer than 2 can be "
+        f"read, e.g. {data}/"
+    )
+    assert line.endswith(f"; the last good checkpoint is {out}/checkpoint.pt")
+    assert state(out)["step"] == 1
+
+
+def test_rank_0_may_work_long(videos: Path, one: Path, tmp_path: Path) -> None:
+    """Twice as long as a rank may be silent elsewhere, in the fit of the linear probe."""
+    options = [f"--data={videos}", f"--out={tmp_path}", *PROBE]
+    done = torchrun(2, "fault", "long-fit", "probe", *options)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((out / "probe.json").read_text()) for out in (tmp_path, one))
+    for name in ("train_accuracy", "test_accuracy"):
+        assert ours[name] == theirs[name]
+
+
+def test_rank_0_dies_where_it_works_alone(videos: Path, tmp_path: Path) -> None:
+    """Without torchrun, which would end the others of its node: they notice, long before ten minutes are over."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    command = [sys.executable, ranks.__file__, "fault", "killed-fit", "probe"]
+    command += [f"--data={videos}", f"--out={tmp_path}", *PROBE]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    shown = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 3, 3]
+    lines = [line for text in shown for line in text.splitlines() if "hdc-train" in line]
+    assert lines == ["hdc-train: rank 0 died"]

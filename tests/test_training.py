@@ -1,9 +1,11 @@
 """The training loop: killed and resumed runs, corrupt videos, and every way it refuses to go on."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from hdc import checkpoint
-from hdc.config import FinetuneConfig, PretrainConfig
+from hdc import checkpoint, training
+from hdc.config import FinetuneConfig, PretrainConfig, RetrieveConfig
 from hdc.data.clips import ClipConfig
 from hdc.data.manifest import read_manifest
 from hdc.data.synthetic import make_dataset
@@ -25,6 +27,7 @@ from hdc.finetune import finetune
 from hdc.optimizer import OptimizerConfig
 from hdc.presets import PRESETS
 from hdc.pretrain import pretrain
+from hdc.retrieval import retrieve
 from hdc.views import AugmentConfig
 
 TINY = [
@@ -166,6 +169,66 @@ def test_corrupt_video_is_skipped_counted_and_named(
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["unreadable"] != []
 
 
+@pytest.mark.parametrize("batch_size", [8, 4])
+def test_disk_that_vanishes(
+    batch_size: int, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends, its last checkpoint is of the last step with videos, and resumed it knows no difference.
+
+    A batch of 4 may be bad luck, two of them are not.
+    """
+    manifest = read_manifest(videos / "manifest.csv")
+    ours = {"batch_size": batch_size, "epochs": 6, "checkpoint_every": 1}
+    pretrain(settings(videos, tmp_path / "undisturbed", **ours), manifest)
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(videos, data)
+    copy = read_manifest(data / "manifest.csv")
+    seed = training.step_seed
+
+    def vanish(value: int, step: int) -> int:
+        if step == 4:  # whose videos have been read
+            data.rename(away)
+        return seed(value, step)
+
+    run = settings(data, tmp_path / "run", **ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step_seed", vanish)
+        with pytest.raises(InputError) as found:
+            pretrain(run, copy)
+    step = {8: 5, 4: 6}[batch_size]
+    assert str(found.value).startswith(
+        f"training stopped at step {step}: of a batch of {batch_size} videos (batch_size), fewer than 2 "
+        f"can be read, e.g. {data}"
+    )
+    assert str(found.value).endswith(
+        f": no such file or directory; the last good checkpoint is {tmp_path}/run/checkpoint.pt"
+    )
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 5
+
+    away.rename(data)
+    assert pretrain(replace(run, resume=True), copy).unreadable == []
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    for name, value in weights(tmp_path / "undisturbed").items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def test_batches_that_are_never_large_enough(videos: Path, tmp_path: Path) -> None:
+    """Two videos, one of them broken: no step has what a contrastive loss needs, so there is no result."""
+    data = tmp_path / "data"
+    shutil.copytree(videos, data)
+    manifest = read_manifest(data / "manifest.csv")
+    pair = manifest.take(np.flatnonzero(manifest.columns["split1"] == "train")[:2])
+    pair.file(1).write_bytes(b"")
+    for epochs, step in ((3, 3), (100, 7)):  # short of `TOO_MANY_LOST`, and not
+        message = (
+            rf"training stopped at step {step}: of a batch of 2 videos \(batch_size\), fewer than 2"
+        )
+        run = settings(data, tmp_path / "run", batch_size=2, epochs=epochs, checkpoint_every=1)
+        with pytest.raises(InputError, match=message):
+            pretrain(run, pair)
+        assert not list((tmp_path / "run").glob("*.pt"))
+
+
 def test_divergence_keeps_the_last_good_checkpoint(videos: Path, tmp_path: Path) -> None:
     manifest = read_manifest(videos / "manifest.csv")
     pretrain(settings(videos, tmp_path, epochs=1), manifest)
@@ -230,6 +293,100 @@ def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: P
     assert torch.allclose(pre[name], fine[name], atol=1e-9)
     assert not torch.allclose(pre[name], scratch[name], atol=1e-3)
     assert fine["classifier.weight"].shape == (5, pre[name].shape[0])
+
+
+def test_finetuning_one_video_at_a_time(videos: Path, tmp_path: Path) -> None:
+    """Every readable video is a step, and a single broken one is no reason to stop."""
+    data = tmp_path / "data"
+    shutil.copytree(videos, data)
+    manifest = read_manifest(data / "manifest.csv")
+    manifest.rows("train", 1).file(3).write_bytes(b"")
+    config = FinetuneConfig(
+        data=str(data),
+        out=str(tmp_path / "run"),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        augment=AugmentConfig(crop_size=28),
+        epochs=2,
+        batch_size=1,
+        device="cpu",
+        log_every=1,
+        checkpoint_every=1,
+        keep_every=1,
+    )
+    assert len(finetune(config, manifest).unreadable) == 1
+    assert len(losses(tmp_path / "run")) == 2 * 19
+    first, last = (
+        torch.load(tmp_path / "run" / name, weights_only=True)["model"]
+        for name in ("checkpoint-1.pt", "checkpoint-2.pt")
+    )
+    assert not any(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_checkpoints_that_stay(videos: Path, tmp_path: Path) -> None:
+    """Of every second epoch: each is what a run of so many epochs ends with."""
+    manifest = read_manifest(videos / "manifest.csv")
+    whole = settings(videos, tmp_path / "whole", epochs=5, keep_every=2, checkpoint_every=3)
+    pretrain(whole, manifest)
+    assert sorted(path.name for path in (tmp_path / "whole").glob("*.pt")) == [
+        "checkpoint-2.pt",
+        "checkpoint-4.pt",
+        "checkpoint.pt",
+    ]
+    parts = settings(videos, tmp_path / "parts", epochs=2)
+    for epochs in (2, 4):
+        pretrain(replace(parts, epochs=epochs, resume=epochs > 2), manifest)
+        kept = torch.load(tmp_path / f"whole/checkpoint-{epochs}.pt", weights_only=True)
+        assert kept["step"] == 2 * epochs
+        for name, value in weights(tmp_path / "parts").items():
+            assert torch.equal(value, kept["model"][name]), name
+    with pytest.raises(InputError, match="keep_every is -1; it must not be negative"):
+        replace(whole, keep_every=-1)
+    # It changes nothing that is computed: the run goes on without, and has nothing left to do.
+    assert pretrain(replace(whole, keep_every=0, resume=True), manifest).metrics == {}
+
+
+def test_kept_checkpoint_is_a_checkpoint(videos: Path, tmp_path: Path) -> None:
+    """For retrieval by name, and for a run that goes on: it is as new as the newest."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path, epochs=1, keep_every=1), manifest)
+    kept = tmp_path / "checkpoint-1.pt"
+    assert kept.read_bytes() == (tmp_path / "checkpoint.pt").read_bytes()
+    config = RetrieveConfig(
+        data=str(videos),
+        out=str(tmp_path),
+        checkpoint=str(kept),
+        backbone="tiny",
+        clips=ClipConfig(size=32),
+        crop_size=28,
+        device="cpu",
+    )
+    retrieve(config, manifest)
+    found = json.loads((tmp_path / "retrieval.json").read_text())
+    assert found["weights_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def test_one_run_at_a_time_in_a_folder(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one ends with a line, the first one does not notice."""
+    manifest = read_manifest(videos / "manifest.csv")
+    pretrain(settings(videos, tmp_path / "undisturbed"), manifest)
+    command = [sys.executable, "-P", "-m", "hdc.cli", "pretrain", f"--data={videos}", *TINY]
+    command += [f"--out={tmp_path}/run", "--epochs=1", "--seed=1"]
+    seed, second = training.step_seed, []
+
+    def start_another(value: int, step: int) -> int:
+        if step == 0:
+            second.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return seed(value, step)
+
+    monkeypatch.setattr(training, "step_seed", start_another)
+    pretrain(settings(videos, tmp_path / "run"), manifest)
+    assert [(done.returncode, done.stderr) for done in second] == [
+        (2, f"hdc-train: another hdc-train is at work in {tmp_path}/run\n")
+    ]
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
 
 
 def test_finetuning_needs_every_class_in_the_training_list(videos: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     learned: bool = True
     ids: bool = False
     detail: Detail = "rows"
+    transposed: bool = False  # columns of a matrix, which kernels do not read as they are
 
     def inputs(self) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
         """x, y, τ and softplus's bias, all of which want gradients."""
@@ -34,8 +35,13 @@ class Case(NamedTuple):
             made = torch.randn(shape, generator=generator).to(DEVICE, dtype)
             return made.requires_grad_()
 
-        x = [leaf(G, M, D, dtype=self.dtype) for G, M, _, D in self.shapes]
-        y = [leaf(G, N, D, dtype=self.dtype) for G, _, N, D in self.shapes]
+        def embeddings(groups: int, rows: int, width: int) -> Tensor:
+            if self.transposed:
+                return leaf(groups, width, rows, dtype=self.dtype).detach().mT.requires_grad_()
+            return leaf(groups, rows, width, dtype=self.dtype)
+
+        x = [embeddings(G, M, D) for G, M, _, D in self.shapes]
+        y = [embeddings(G, N, D) for G, _, N, D in self.shapes]
         tau = torch.tensor(0.3, device=DEVICE).requires_grad_() if self.learned else None
         rows = sum(G * M for G, M, _, _ in self.shapes)
         return x, y, tau, leaf(rows) if self.function == "softplus" else None
@@ -55,6 +61,8 @@ CASES = [
     Case(((1, 5, 5, 8),), torch.float16),
     Case(((1, 5, 7, 8),), torch.float16, "logsumexp", ids=True),
     Case(((1, 5, 7, 8),), torch.float32, "softplus"),
+    Case(((1, 5, 5, 8),), torch.float32, transposed=True),
+    Case(((2, 5, 7, 8),), torch.bfloat16, "softplus", transposed=True),
     Case(((1, 5, 7, 8),), torch.float32, "tilted", learned=False),
 ]
 

@@ -86,26 +86,21 @@ def test_edit_list(files: dict[str, Path], frame_numbers: Callable[..., list[int
     assert [frame_numbers(clip)[0] for clip in clips] == [7, 10, 52]
 
 
-def test_varying_frame_rate(tmp_path: Path, frame_numbers: Callable[..., list[int]]) -> None:
-    """Times do not give frame numbers here: a clip's place is approximate, its frames are consecutive."""
-    path = tmp_path / "phone.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width = stream.height = 64
-        stream.pix_fmt, stream.gop_size = "yuv420p", 12
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(FRAMES):
-            image = np.full((64, 64, 3), 30, np.uint8)
-            for bit in range(8):
-                image[:, 8 * bit : 8 * bit + 8] += np.uint8(190 * (number >> bit & 1))
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = 100 * min(number, 30) + 20 * max(0, number - 30)
-            frame.time_base = Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    for clip in read_clips(path, list(range(FRAMES - 8 + 1)), 8, 32):
-        numbers = frame_numbers(clip)
-        assert numbers == list(range(numbers[0], numbers[0] + 8))
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotation(
+    rotation: int,
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    frame_numbers: Callable[..., list[int]],
+) -> None:
+    """What a phone that was held upright stores lying comes out upright, with a short side as asked for."""
+    path = write_video(tmp_path / "phone.mp4", 30, width=96, height=64, rotation=rotation)
+    upright = read_all(path, 32)
+    assert upright.shape == ((30, 32, 48, 3) if rotation == 180 else (30, 48, 32, 3))
+    lying = np.rot90(upright, -rotation // 90, axes=(1, 2))
+    assert frame_numbers(lying) == list(range(30))
+    for start, clip in zip((20, 0), read_clips(path, [20, 0], 8, 32), strict=True):
+        np.testing.assert_array_equal(clip, upright[start : start + 8])
 
 
 @pytest.mark.parametrize(

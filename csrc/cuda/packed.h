@@ -25,7 +25,6 @@ namespace hdc::cuda {
 enum class Type { fp32 = HDC_CUDA_FLOAT32, tf32 = HDC_CUDA_TF32, bf16 = HDC_CUDA_BFLOAT16, fp16 = HDC_CUDA_FLOAT16 };
 
 constexpr int64_t ROW_MULTIPLE = 256;  // rows of packed vectors: no kernel's tile of them has a tail
-constexpr int MAX_WIDTH = 512;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.69314718055994531;

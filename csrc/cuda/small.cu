@@ -48,6 +48,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "scalars.cuh"
 #include "small_gradient.cuh"
 #include "small_logsumexp.cuh"
 
@@ -56,10 +57,6 @@ namespace small {
 namespace {
 
 constexpr float SMALLEST_UNIT = 1e-30f;
-
-__device__ inline float softplus(float z) {  // log(1 + e^z) to full relative accuracy
-    return fmaxf(z, 0.0f) + log1pf(expf(-fabsf(z)));
-}
 
 // Sum or maximum over all threads, in the same order every time.
 template <typename Operation>
@@ -290,7 +287,6 @@ int blocks_of(const HdcCudaCall& call, const HdcCudaProblem* problems, int64_t c
     return int(std::max(int64_t{1}, std::min(int64_t{most}, processors / count)));
 }
 
-Matrix plain(const HdcCudaMatrix& matrix) { return {matrix.data, matrix.group_stride, matrix.row_stride}; }
 
 template <typename T>
 cudaError_t launch_depth(const Arguments& arguments, int depth, int64_t count, int shared, cudaStream_t stream) {
@@ -354,8 +350,8 @@ cudaError_t small_contrast(
         const int rows = int(problem.rows), columns = int(problem.columns);
         const Room room = room_of(rows, columns, depth, bytes, shared - int64_t(sizeof(Numbers)));
         arguments.pairs[k] = {
-            {plain(problem.x), plain(problem.y)},
-            {plain(problem.dx), plain(problem.dy)},
+            {problem.x, problem.y},
+            {problem.dx, problem.dy},
             {rows, columns},
             {room.windows[0], room.windows[1]},
             first,

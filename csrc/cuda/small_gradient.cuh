@@ -88,7 +88,7 @@ __device__ inline void gradient(
         }
         wait_for(1 + team, 2);
     }
-    const Matrix& out = pair.gradients[side];
+    const HdcCudaMatrix& out = pair.gradients[side];
     for (int r = warp % 2 * 4 + lane / 8; r < SLAB; r += 8) {
         const int i = first + r;
         float u[DEPTH / 8], v[DEPTH / 8];  // unit vectors: its own, its positive's

@@ -20,13 +20,8 @@ constexpr int MOST_BLOCKS = 8;  // that share a problem
 constexpr int MOST_PAIRS = 24;  // in the 4 KB that a kernel's arguments may take
 constexpr int PARTS = 3;        // numbers that a block leaves for the last one
 
-struct Matrix {
-    void* data;
-    int64_t group_stride, row_stride;
-};
-
 struct Pair {  // every [2]: of x and of y
-    Matrix sides[2], gradients[2];
+    HdcCudaMatrix sides[2], gradients[2];
     int counts[2];
     int windows[2];  // how many unit vectors shared memory holds at a time; `room_of` in small.cu decides
     int64_t first_problem, first_row;  // the latter in [T]
@@ -86,7 +81,7 @@ struct Problem {
     int64_t group;
 
     __device__ const T* embedding(int side, int row) const {
-        const Matrix& matrix = pair.sides[side];
+        const HdcCudaMatrix& matrix = pair.sides[side];
         return static_cast<const T*>(matrix.data) + group * matrix.group_stride + row * matrix.row_stride;
     }
 };

@@ -1,11 +1,10 @@
 // A row in 8 lanes of a warp: lane `part` has elements (8·piece + part)·VECTOR … of every piece.
 #pragma once
 
+#include "scalars.cuh"
 #include "small_problem.cuh"
 
 namespace hdc::cuda::small {
-
-constexpr float ZERO_NORM = 1e-12f;  // of hdc_kernels/reference.py: a vector no longer than this is the zero vector
 
 template <typename T>
 constexpr int VECTOR = 16 / int(sizeof(T));
@@ -73,14 +72,12 @@ __device__ inline float inverse_norm(const float (&x)[N], bool normalize) {
     for (int distance = 1; distance < 8; distance *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
     }
-    // The squares of a vector beyond 1e19 overflow. A power of two shrinks it without rounding.
-    const float shrink = largest > 0x1p40f ? 0x1p-70f : 1.0f;
+    const float shrink = shrink_for(largest);
     float squares = 0.0f;
 #pragma unroll
     for (int e = 0; e < N; ++e) squares = fmaf(x[e] * shrink, x[e] * shrink, squares);
-    const float norm = sqrtf(over_row(squares));
-    if (!normalize) return 1.0f;
-    return norm <= ZERO_NORM ? 0.0f : shrink / norm;  // NaN stays NaN
+    const float inverse = inverse_length(over_row(squares), shrink);
+    return normalize ? inverse : 1.0f;
 }
 
 }  // namespace hdc::cuda::small

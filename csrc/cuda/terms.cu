@@ -10,6 +10,7 @@
 
 #include "launch.cuh"
 #include "rows.cuh"
+#include "scalars.cuh"
 
 namespace hdc::cuda {
 namespace {
@@ -37,8 +38,7 @@ __device__ double sum_down(const Terms& terms, int64_t column, int64_t stride) {
 
 __device__ float term_of(const Terms& terms, double lse, float positive) {
     if (!terms.positive) return static_cast<float>(lse);
-    const float gap = static_cast<float>(lse - positive);
-    return fmaxf(gap, 0.0f) + log1pf(expf(-fabsf(gap)));  // log(1 + exp(gap)) to full relative accuracy
+    return softplus(static_cast<float>(lse - positive));
 }
 
 __global__ void __launch_bounds__(THREADS) terms_kernel(const __grid_constant__ Terms terms) {

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "packed.h"
+#include "scalars.cuh"
 #include "warp.cuh"
 
 namespace hdc::cuda {
 
 constexpr int WARPS = 8;
-constexpr float ZERO_NORM = 1e-12f;  // of hdc_kernels/reference.py: a vector no longer than this is the zero vector
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -42,13 +42,11 @@ __device__ float load_unit(
         largest = fmaxf(largest, fabsf(unit[e]));
     }
     if (!normalize) return 1.0f;
-    // The squares of a vector beyond 1e19 overflow. A power of two shrinks it without rounding.
-    const float shrink = warp_max(largest) > 0x1p40f ? 0x1p-70f : 1.0f;
+    const float shrink = shrink_for(warp_max(largest));
     float squares = 0.0f;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) squares += (unit[e] * shrink) * (unit[e] * shrink);
-    const float norm = sqrtf(warp_sum(squares));
-    const float inverse = norm <= ZERO_NORM ? 0.0f : shrink / norm;  // NaN stays NaN
+    const float inverse = inverse_length(warp_sum(squares), shrink);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) unit[e] *= inverse;
     return inverse;

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from hdc.data.listing import LISTS, Listed, evaluation_splits
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 
 COLUMNS = {"youtube_id", "time_start", "time_end"}
 # Downloaders leave names such as id_000001_000011.mp4.webm, too.
@@ -79,27 +79,32 @@ def _header(file: Path) -> set[str]:
 
 
 def _read(file: Path) -> list[tuple[Clip, str, str]]:
+    """The clips of a list with their labels and parts."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            numbered = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {file}: {reason(error)}") from error
     rows = []
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            part = LISTS.get((row.get("split") or "").strip() or _part_in_name(file))
-            try:
-                clip = (
-                    row["youtube_id"].strip(),
-                    int(float(row["time_start"])),
-                    int(float(row["time_end"])),
-                )
-            except (ValueError, TypeError, AttributeError):
-                part = None
-            if part is None:
-                raise InputError(
-                    f"{file}, line {reader.line_num}: {','.join(map(str, row.values()))!r} is not of the "
-                    "form 'abseiling,0347ZoDXyP0,95,105,train' (or val, or test)"
-                )
-            label = (row.get("label") or "").strip()
-            if label:
-                rows.append((clip, label, part))
+    for number, row in numbered:
+        part = LISTS.get((row.get("split") or "").strip() or _part_in_name(file))
+        try:
+            clip = (
+                row["youtube_id"].strip(),
+                int(float(row["time_start"])),
+                int(float(row["time_end"])),
+            )
+        except (ValueError, OverflowError, TypeError, AttributeError):
+            part = None
+        if part is None:
+            raise InputError(
+                f"{file}, line {number}: {','.join(map(str, row.values()))!r} is not of the form "
+                "'abseiling,0347ZoDXyP0,95,105,train' (or val, or test)"
+            )
+        label = (row.get("label") or "").strip()
+        if label:
+            rows.append((clip, label, part))
     return rows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hdc.data.manifest import Part
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 
 # What lists and folders are called, and the list that is meant.
 LISTS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
@@ -70,6 +70,5 @@ def read_lines(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {file}: {reason.lower()}") from error
+        raise InputError(f"cannot read {file}: {reason(error)}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -22,10 +22,11 @@ from typing import Literal
 import numpy as np
 
 from hdc.atomic import write_text
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 
 Part = Literal["train", "test"]
 MANIFEST = "manifest.csv"
+MOST_DIGITS = 18  # of a number: it must fit into int64, and so must start + frames
 OF_THE_FILE = ("fps", "width", "height", "sha256")
 
 
@@ -59,7 +60,9 @@ class Manifest:
         column = f"split{split}"
         if column not in self.columns:
             given = [name for name in self.columns if name.startswith("split")]
-            raise InputError(f"{self.source} has no column {column}; it has {', '.join(given)}")
+            raise InputError(
+                f"{self.source} has no column {column}; it has {', '.join(given) or 'no splits'}"
+            )
         keep = np.flatnonzero(self.columns[column] == part)
         if not len(keep):
             raise InputError(f"{self.source}: split {split} has no {part} videos")
@@ -154,13 +157,16 @@ def read_manifest(source: Path) -> Manifest:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
             numbered = [(reader.line_num, line) for line in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read the manifest {source}: {_reason(error)}") from error
+    except (OSError, ValueError, csv.Error) as error:  # no UTF-8, a path with a null character
+        raise InputError(f"cannot read the manifest {source}: {reason(error)}") from error
     for required in ("path", "frames"):
         if required not in header:
             raise InputError(f"{source} is no manifest: it has no column {required!r}")
     if not numbered:
         raise InputError(f"{source} lists no videos")
+    for number, line in numbered:
+        if not line["path"]:
+            raise InputError(f"{source}, line {number}: path is empty; it must name a video")
     lines = [line for _, line in numbered]
     starts = [(number, line.get("start") or "0") for number, line in numbered]
     frames = [(number, line["frames"]) for number, line in numbered]
@@ -179,9 +185,11 @@ def _integers(
 ) -> np.ndarray:
     """The values, given with their line numbers."""
     for line, value in values:
-        if not (value or "").isdecimal() or int(value) < at_least:
+        digits = value or ""
+        if not digits.isdecimal() or len(digits) > MOST_DIGITS or int(digits) < at_least:
             raise InputError(
-                f"{source}, line {line}: {column} is {value!r}; it must be an integer of at least {at_least}"
+                f"{source}, line {line}: {column} is {value!r}; it must be an integer of at least "
+                f"{at_least}, with at most {MOST_DIGITS} digits"
             )
     return np.array([int(value) for _, value in values], dtype=np.int64)
 
@@ -189,7 +197,3 @@ def _integers(
 def _some(items: list[str], limit: int = 3) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()

@@ -10,9 +10,7 @@ written in one go: lines are appended, and a last line that was cut off does not
 """
 
 import dataclasses
-import fcntl
 import json
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hdc import atomic
+from hdc import atomic, lock
 from hdc.data.hmdb51 import list_hmdb51
 from hdc.data.kinetics400 import list_kinetics400
 from hdc.data.listing import Listed, label_columns
@@ -33,7 +31,7 @@ from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.data.workers import Job, Outcome, hash_file, run_jobs
 from hdc.device import cores
-from hdc.errors import InputError
+from hdc.errors import InputError, unwritable
 
 DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
     "kinetics400": list_kinetics400,
@@ -271,9 +269,9 @@ class _Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a+b")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         try:
-            self._lock()
+            lock.take(self.file, "hdc-train prepare", SECONDS_TO_WAIT, inherit=True)
             self._load()
         except BaseException:
             self.file.close()
@@ -301,19 +299,6 @@ class _Log:
     def add(self, path: str, stamp: list[Any], outcome: Outcome) -> None:
         """Append one video."""
         self._append({"path": path, "stamp": stamp, "outcome": dataclasses.asdict(outcome)})
-
-    def _lock(self) -> None:
-        deadline = time.monotonic() + SECONDS_TO_WAIT
-        while True:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"another hdc-train prepare is at work in {self.path.parent}"
-                    ) from None
-                time.sleep(0.1)
 
     def _load(self) -> None:
         self.file.seek(0)
@@ -343,7 +328,7 @@ class _Log:
             self.file.write(json.dumps(value).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
 
 def _read_settings(target: Path) -> dict[str, Any]:
@@ -353,10 +338,6 @@ def _read_settings(target: Path) -> dict[str, Any]:
             return dict(json.loads(file.readline()))
     except (OSError, ValueError):
         return {}
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}")
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -22,7 +22,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
-from hdc.data.video import VideoError, demux, open_video
+from hdc.data.frame_times import demux
+from hdc.data.video import VideoError, open_video, quarter_turns
 
 GOP = 12
 QUANTIZER = "3"  # of 1 to 31, the same for every frame
@@ -31,7 +32,7 @@ UNKNOWN_RATE = Fraction(25)
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What was seen while a video was decoded from the first to the last frame."""
+    """What was seen while a video was decoded from the first to the last frame, its size upright."""
 
     frames: int
     fps: Fraction
@@ -48,7 +49,9 @@ def measure(path: Path, on_frame: Callable[[], None] = lambda: None) -> VideoInf
     frames = width = height = 0
     with open_video(path) as (container, stream):
         for frame in _decode(path, container, stream):
-            frames, width, height = frames + 1, frame.width, frame.height
+            if frames == 0:
+                width, height = _upright_size(frame.width, frame.height, quarter_turns(frame))
+            frames += 1
             on_frame()
         return VideoInfo(frames, _frame_rate(stream), width, height)
 
@@ -79,10 +82,10 @@ def transcode(
         encoder.codec_context.thread_count = 1
         for frame in _decode(path, source, stream):
             if frames == 0:
-                width, height = _even_size(frame.width, frame.height, short_side)
-                turned = round(frame.rotation / 90) % 2 == 1
-                encoder.width, encoder.height = (height, width) if turned else (width, height)
-            small = _upright(_shrink(frame, width, height, resize), frame.rotation)
+                size = _even_size(frame.width, frame.height, short_side)
+                turns = quarter_turns(frame)
+                encoder.width, encoder.height = _upright_size(*size, turns)
+            small = _upright(_shrink(frame, *size, resize), turns)
             small.pts, small.time_base = frames, 1 / rate
             small.pict_type = PictureType.NONE  # or the source's keyframes would become keyframes
             target.mux(encoder.encode(small))
@@ -150,9 +153,12 @@ def _shrink(frame: VideoFrame, width: int, height: int, resize: VideoReformatter
     )
 
 
-def _upright(frame: VideoFrame, rotation: int) -> VideoFrame:
-    """Turned as the file says that it is to be shown; `rotation` is counter-clockwise, in degrees."""
-    turns = round(rotation / 90) % 4
+def _upright_size(width: int, height: int, turns: int) -> tuple[int, int]:
+    return (height, width) if turns % 2 else (width, height)
+
+
+def _upright(frame: VideoFrame, turns: int) -> VideoFrame:
+    """Turned by so many times 90°, counter-clockwise."""
     if not turns:
         return frame
     image = np.rot90(frame.to_ndarray(format="rgb24"), turns).astype(np.uint8)

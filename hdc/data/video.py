@@ -1,8 +1,9 @@
 """Decoding with PyAV: random clips for training, every frame for evaluation.
 
-Frames come out as uint8 RGB, resized so that the short side has a given length. A clip is reached by
-seeking to the keyframe before it and taking frames in decode order from there: AVI files with B-frames
-store no presentation times, and filtering by them would lose frames.
+Frames come out as uint8 RGB, upright, resized so that the short side has a given length. Frame i is the i-th that is
+shown, however long each is. A clip is reached by seeking to the keyframe before it (`frame_times.py` knows its
+number) and taking frames in decode order from there: AVI files with B-frames store no presentation times, and
+filtering by them would lose frames.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -20,12 +21,20 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from hdc.data.frame_times import (
+    MOST_REORDERED,
+    Clock,
+    demux,
+    find_clock,
+    is_shown,
+    next_packet,
+    packet_time,
+)
 from hdc.errors import InputError
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
 # (number of the clip, of the frame in it, image uint8 [height, width, 3]). The image is the decoder's: copy it.
 Store = Callable[[int, int, np.ndarray], None]
-MOST_REORDERED = 16  # frames between a keyframe's place in decoding order and in time
 
 
 class VideoError(InputError):
@@ -68,8 +77,7 @@ def _is_moving(stream: VideoStream) -> bool:
 def count_frames(path: Path) -> int:
     """The number of coded frames, read off the packets without decoding them."""
     with open_video(path) as (container, stream):
-        packets = container.demux(stream)
-        count = sum(packet.size > 0 and not packet.is_discard for packet in packets)
+        count = sum(is_shown(packet, stream) for packet in container.demux(stream))
     if count == 0:
         raise VideoError(path, "holds no frames")
     return count
@@ -98,10 +106,10 @@ def store_clips(path: Path, starts: list[int], frames: int, short_side: int, sto
     """
     with open_video(path) as (container, stream):
         resize = _Resizer(short_side)
-        origin = _origin(container, stream)
+        clock = find_clock(path, container, stream)
         for clip, start in enumerate(starts):
             stored = 0
-            found = None if origin is None else _seek_keyframe(container, stream, origin, start)
+            found = _seek_keyframe(container, stream, clock, start) if clock else None
             if found:
                 packet, first = found
                 with closing(_decode(container, stream, packet)) as decoded:
@@ -109,8 +117,7 @@ def store_clips(path: Path, starts: list[int], frames: int, short_side: int, sto
                         store(clip, stored, resize(frame))
                         stored += 1
             if stored < frames:
-                # No usable times, or ones that lead past the end (a varying frame rate): count from
-                # the beginning.
+                # No usable times, or ones that lead past the end: count from the beginning.
                 for number, image in enumerate(_count_to(path, short_side, start, frames)):
                     store(clip, number, image)
 
@@ -136,7 +143,7 @@ def _count_to(path: Path, short_side: int, start: int, frames: int | None) -> It
 
 
 class _Resizer:
-    """VideoFrame -> uint8 RGB array whose short side has the given length; it shares the frame's memory.
+    """VideoFrame -> uint8 RGB array, upright, whose short side has the given length; it shares the frame's memory.
 
     The first frame decides the size for all: streams that change theirs midway do exist.
     """
@@ -144,16 +151,24 @@ class _Resizer:
     def __init__(self, short_side: int) -> None:
         self.short_side = short_side
         self.size: tuple[int, int] | None = None
+        self.turns = 0
         self.reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         if self.size is None:
             self.size = resized(frame.width, frame.height, self.short_side)
+            self.turns = quarter_turns(frame)
         # One thread: starting more costs four times what small frames take (44 against 10 µs at 48 × 48).
         image = self.reformatter.reformat(frame, *self.size, format="rgb24", threads=1)
         (plane,) = image.planes
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-        return rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
+        pixels = rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
+        return np.rot90(pixels, self.turns) if self.turns else pixels
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """How often to turn it by 90°, counter-clockwise, so that it is as the file says that it is to be shown."""
+    return round(frame.rotation / 90) % 4
 
 
 def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -162,45 +177,23 @@ def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(short_side, round(width * scale)), max(short_side, round(height * scale))
 
 
-def _origin(container: InputContainer, stream: VideoStream) -> int | None:
-    """The time of frame 0 in the units of the stream, None where packets carry no times.
-
-    The first packet has it, unless an edit list cuts that packet off. `stream.start_time` will not do
-    for an AVI with B-frames, where it is a decoding time.
-    """
-    packet = _next_packet(container, stream)
-    return stream.start_time if packet.is_discard else _time(packet)
-
-
-def _time(packet: "Packet[VideoStream]") -> int | None:
-    return packet.pts if packet.pts is not None else packet.dts
-
-
 def _seek_keyframe(
-    container: InputContainer, stream: VideoStream, origin: int, start: int
+    container: InputContainer, stream: VideoStream, clock: Clock, start: int
 ) -> "tuple[Packet[VideoStream], int] | None":
     """The packet of a keyframe not after frame `start`, and its frame number."""
-    rate, unit = stream.average_rate, stream.time_base
-    if not rate or not unit:
-        return None
     # Some containers seek by decoding times, which precede the frames' own: try once more, from earlier.
     for target in (start, max(0, start - MOST_REORDERED)):
         try:
-            container.seek(origin + round(target / rate / unit), stream=stream)
+            container.seek(clock.time(target), stream=stream)
         except av.FFmpegError:
             return None
-        packet = _next_packet(container, stream)
-        time = _time(packet)
+        packet = next_packet(container, stream)
+        time = packet_time(packet)
         if time is not None and packet.is_keyframe:
-            first = round((time - origin) * unit * rate)
-            if 0 <= first <= start:  # below 0: the frames that an edit list cuts off
+            first = clock.number(time)
+            if first is not None and first <= start:
                 return packet, first
     return None
-
-
-def _next_packet(container: InputContainer, stream: VideoStream) -> "Packet[VideoStream]":
-    with demux(container, stream) as packets:
-        return next(packets)
 
 
 def _decode(
@@ -212,18 +205,6 @@ def _decode(
     with demux(container, stream) as packets:
         for packet in packets:
             yield from stream.decode(packet)
-
-
-@contextmanager
-def demux(
-    container: InputContainer, stream: VideoStream
-) -> "Iterator[Iterator[Packet[VideoStream]]]":
-    """From where the file is. PyAV 18.1 loses 0.3 kB for every such iterator that is dropped, not closed."""
-    packets = container.demux(stream)
-    try:
-        yield packets
-    finally:
-        packets.close()  # type: ignore[attr-defined]
 
 
 def _too_short(start: int, frames: int, found: int) -> str:

@@ -14,7 +14,7 @@ from hdc import atomic
 from hdc.config import flat
 from hdc.data.manifest import manifest_file, read_manifest
 from hdc.data.prepare import BAD_FILES
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 from hdc.report.confusion import draw_confusion
 from hdc.report.curves import draw_curves
 from hdc.report.html import Html, element, folded, joined, section, table
@@ -174,9 +174,12 @@ def _left_out(records: Sequence[Record], data: Path | None) -> list[Html]:
 def _bad_files(file: Path) -> list[tuple[str, ...]]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
-            return [(row["path"], row["reason"]) for row in csv.DictReader(lines)]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
+            rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {file}: {reason(error)}") from error
+    if rows and not {"path", "reason"} <= rows[0].keys():
+        raise InputError(f"{file} was not written by hdc-train; it must have path, reason")
+    return [(row["path"] or "", row["reason"] or "") for row in rows]
 
 
 def _listing(title: str, header: list[str], rows: Sequence[tuple[str, ...]]) -> Html:

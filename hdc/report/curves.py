@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from hdc.report.html import Html, element, joined
+from hdc.report.shapes import NUMBER
 
 WIDTH, HEIGHT = 360, 210  # of a panel, in the units of its drawing
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 26
@@ -42,8 +43,8 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> Html:
 
 
 def _values(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
-    found = [line.get(name) for line in lines]
-    return [value for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+    found = [line[name] for line in lines if name in line]
+    return [value for value in found if NUMBER.holds(value) and math.isfinite(value)]
 
 
 def _pieces(lines: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
@@ -118,7 +119,7 @@ def _panel(title: str, names: Sequence[str], pieces: Sequence[Sequence[dict[str,
 
 def round_numbers(low: float, high: float) -> list[float]:
     """Three to seven multiples of 1, 2 or 5 times a power of ten that span [low, high] or nearly so."""
-    if high <= low:
+    if high - low < 1e-300:
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     size = 10 ** math.floor(math.log10((high - low) / 4))
     step = next(size * k for k in (1, 2, 5, 10) if (high - low) / (size * k) <= 5)

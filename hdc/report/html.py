@@ -49,10 +49,11 @@ def joined(children: Iterable[object]) -> Html:
 
 def table(caption: object, header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
     """A table in a box of its own that scrolls sideways on a narrow screen; the first column heads the rows."""
-    figures = [
-        any(isinstance(cell, Number) for cell in column) for column in zip(*rows, strict=True)
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    classes = [
+        {"class_": "n"} if any(isinstance(cell, Number) for cell in column) else {}
+        for column in columns
     ]
-    classes = [{"class_": "n"} if is_figures else {} for is_figures in figures]
     head = [
         element("th", cell, scope="col", **names)
         for cell, names in zip(header, classes, strict=True)

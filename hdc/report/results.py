@@ -7,6 +7,7 @@ from hdc.config import flat
 from hdc.paper import DATASETS
 from hdc.report.html import Html, element, number, percent, points, table
 from hdc.report.records import Record
+from hdc.report.shapes import NUMBER
 
 RANDOM = "random weights"
 
@@ -148,12 +149,8 @@ def _logged(records: Sequence[Record]) -> Html:
     rows = [
         (
             name.replace("_", " "),
-            *(number(line[name]) if _is_number(line.get(name)) else "" for line in last),
+            *(number(line[name]) if NUMBER.holds(line.get(name)) else "" for line in last),
         )
         for name in names
     ]
     return table("The last line of each log", ["", *(record.name for record in records)], rows)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))

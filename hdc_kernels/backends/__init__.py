@@ -131,15 +131,22 @@ class Gradients(NamedTuple):
     bias: Tensor | None = None
 
     def ungrouped(self, problems: Problems) -> "Gradients":
-        """Those of `problems.grouped()` as those of the problems."""
+        """Those of `problems.grouped()` as those of the problems, laid out in memory as these are."""
+
+        def as_given(gradient: Tensor, given: Tensor, rows_first: bool) -> Tensor:
+            if rows_first:
+                gradient = gradient.transpose(0, 1)
+            elif given.dim() == 2:
+                gradient = gradient.squeeze(0)
+            if given.stride(-1) == 1:
+                return gradient
+            # Kernels write along the last dimension, whatever its stride was.
+            return torch.empty_like(given, dtype=gradient.dtype).copy_(gradient)
+
         x, y = (
             tuple(
-                g.transpose(0, 1)
-                if k < problems.rows_first
-                else g.squeeze(0)
-                if t.dim() == 2
-                else g
-                for k, (g, t) in enumerate(zip(gradients, side, strict=False))
+                as_given(gradient, given, k < problems.rows_first)
+                for k, (gradient, given) in enumerate(zip(gradients, side, strict=False))
             )
             for gradients, side in ((self.x, problems.x), (self.y, problems.y))
         )
@@ -147,7 +154,7 @@ class Gradients(NamedTuple):
 
 
 class Implementation(Protocol):
-    """The signature that every module in this folder has, but for `plain`, which autograd does see."""
+    """The signature that backends `cpu`, `triton` and `cuda` have; `plain` autograd does see."""
 
     LSE_DTYPE: torch.dtype
 

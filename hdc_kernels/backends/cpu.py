@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hdc_kernels import reference
-from hdc_kernels.backends import Function, Gradients, Problems, Terms
+from hdc_kernels.backends import Function, Gradients, Problems, Terms, rounding
 from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows
 
 __all__ = ["LSE_DTYPE", "backward", "forward", "is_available", "step"]
@@ -62,7 +62,7 @@ def backward(problems: Problems, lse: Tensor, upstream: Tensor) -> Gradients:
     """See `hdc_kernels.backends`; raises MemoryError if the scratch does not fit."""
     gradients = _empty_gradients(problems)
     terms = Terms(lse, lse, lse, lse)  # only lse is read
-    _call(_BACKWARD, problems, terms, gradients, upstream.contiguous())
+    _call(_BACKWARD, problems, terms, gradients, upstream.contiguous().resolve_neg())
     return gradients
 
 
@@ -75,11 +75,10 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
 
 
 def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
-    """PyTorch's own switch: at "medium", float32 products may round their factors to bfloat16."""
     return (
-        torch.get_float32_matmul_precision() == "medium"
-        and dtype in (torch.float32, torch.bfloat16)
+        dtype in (torch.float32, torch.bfloat16)
         and multiplies_bfloat16()
+        and rounding.to_bfloat16()
     )
 
 
@@ -90,27 +89,34 @@ def multiplies_bfloat16() -> bool:
 
 
 def _empty_terms(problems: Problems) -> Terms:
-    total = torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype))
+    total = _empty_scalar(problems)
     if problems.detail == "total":
         return Terms(total, *NO_ROWS)
     rows = empty_rows(problems)
-    ranks = torch.empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None
+    ranks = rows.hits.new_empty(len(rows.hits), dtype=torch.int64) if problems.ranked else None
     means = total.new_empty(2, len(problems.x)) if problems.detail == "means" else None
     return Terms(total, *rows, ranks, means)
+
+
+def _empty_scalar(problems: Problems) -> Tensor:
+    # Whatever the default device is.
+    return torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype), device="cpu")
 
 
 def _empty_gradients(problems: Problems, dtype: torch.dtype | None = None) -> Gradients:
     return Gradients(
         empty_gradients(problems.x, dtype),
         empty_gradients(problems.y, dtype) if problems.needs_y else (),
-        torch.empty((), dtype=reference.compute_dtype(problems.x[0].dtype)),
+        _empty_scalar(problems),
         None if problems.bias is None else torch.empty_like(problems.bias),
     )
 
 
 def _by_row(entries: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Sorted (row, column) [2, E] -> where each row begins [rows + 1], and the columns."""
-    starts = torch.searchsorted(entries[0].contiguous(), torch.arange(rows + 1))
+    starts = torch.searchsorted(
+        entries[0].contiguous(), torch.arange(rows + 1, device=entries.device)
+    )
     return starts, entries[1].contiguous()
 
 

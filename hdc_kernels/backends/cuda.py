@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdc_kernels.backends import Function, Gradients, Problems, Terms, plain
+from hdc_kernels.backends import Function, Gradients, Problems, Terms, plain, rounding
 from hdc_kernels.backends.outputs import LSE_DTYPE, NO_ROWS, empty_gradients, empty_rows, with_means
 from hdc_kernels.backends.tickets import ticket
 
@@ -133,9 +133,7 @@ def _empty_slopes(
 
 
 def _dtype(dtype: torch.dtype) -> int:
-    """PyTorch's own switch: below "highest", float32 products may round their factors to TF32."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return _DTYPES[dtype] if exact else _TF32
+    return _TF32 if dtype == torch.float32 and rounding.to_tf32() else _DTYPES[dtype]
 
 
 @contextmanager

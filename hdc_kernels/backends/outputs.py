@@ -21,7 +21,9 @@ class Rows(NamedTuple):
 
 
 NO_ROWS = Rows(
-    torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty((0, 0), dtype=LSE_DTYPE)
+    torch.empty(0, dtype=torch.float32, device="cpu"),
+    torch.empty(0, dtype=torch.bool, device="cpu"),
+    torch.empty((0, 0), dtype=LSE_DTYPE, device="cpu"),
 )
 
 

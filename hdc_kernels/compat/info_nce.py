@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from hdc_kernels.checks import Reduction, check_choice
+from hdc_kernels.checks import Reduction, check_choice, check_pair
 from hdc_kernels.info_nce import fused_info_nce
 
 NegativeMode = Literal["unpaired", "paired"]
@@ -28,13 +28,7 @@ def info_nce(
         TypeError, ValueError: naming the argument, what was given, and what is allowed.
     """
     check_choice("negative_mode", negative_mode, NegativeMode)
-    if query.dim() != 2:
-        raise ValueError(f"query has shape {list(query.shape)}; it must be [N, D]")
-    if positive_key.shape != query.shape:
-        raise ValueError(
-            f"positive_key has shape {list(positive_key.shape)} but query has {list(query.shape)}; "
-            "they must be equal"
-        )
+    check_pair(("query", "positive_key"), (query, positive_key), "[N, D]")
     dimensions = 2 if negative_mode == "unpaired" else 3
     if negative_keys is not None and negative_keys.dim() != dimensions:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdc_kernels.checks import check_temperature
+from hdc_kernels.checks import check_pair, check_temperature
 from hdc_kernels.compat import all_processes
 from hdc_kernels.decoupled import check_sigma, fused_dcl, fused_dclw
 from hdc_kernels.distributed.rows import meet
@@ -62,6 +62,7 @@ class NTXentLoss(nn.Module):
         group = all_processes(self.gather_distributed)
         if bank is None:
             return fused_nt_xent(out0, out1, temperature=self.temperature, process_group=group)
+        check_pair(("out0", "out1"), (out0, out1), "[B, D]", empty=group is not None)
         query, key = embeddings(out0, normalize=True), embeddings(out1, normalize=True)
         loss = fused_moco(
             query, key, bank, temperature=self.temperature, normalize=False, process_group=group
@@ -99,10 +100,11 @@ class DCLLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """out0, out1: [B, D] with B ≥ 2 -> the mean loss."""
         weights = None
+        group = all_processes(self.gather_distributed)
         if self.weight_fn is not None:
+            check_pair(("out0", "out1"), (out0, out1), "[B, D]", empty=group is not None)
             x, y = embeddings(out0, normalize=True), embeddings(out1, normalize=True)
             weights = torch.stack([self.weight_fn(x, y), self.weight_fn(y, x)])
-        group = all_processes(self.gather_distributed)
         return fused_dcl(
             out0, out1, temperature=self.temperature, weights=weights, process_group=group
         )

@@ -11,6 +11,7 @@ is the mean over all ranks' queries, not this rank's alone.
 
 from torch import Tensor
 
+from hdc_kernels.compat import times
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.info_nce import fused_info_nce
 from hdc_kernels.moco import fused_moco
@@ -29,4 +30,4 @@ def contrastive_loss(
     process_group: ProcessGroups | None = None,
 ) -> Tensor:
     """`fused_info_nce` times 2T: q and k [N, C], not normalised yet -> the mean loss of v3."""
-    return fused_info_nce(q, k, temperature=T, process_group=process_group) * (2 * T)
+    return 2 * times(fused_info_nce(q, k, temperature=T, process_group=process_group), T)

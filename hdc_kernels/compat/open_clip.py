@@ -2,9 +2,8 @@
 
 from torch import Tensor, nn
 
-from hdc_kernels import reference
 from hdc_kernels.clip import fused_clip
-from hdc_kernels.compat import all_processes
+from hdc_kernels.compat import all_processes, temperature_of
 from hdc_kernels.siglip import fused_siglip
 
 
@@ -47,12 +46,10 @@ class ClipLoss(nn.Module):
 
         A bias of all logits leaves a softmax as it is: its gradient is 0.
         """
-        if isinstance(logit_scale, Tensor):
-            logit_scale = logit_scale.to(reference.compute_dtype(logit_scale.dtype))
         loss = fused_clip(
             image_features,
             text_features,
-            temperature=1 / logit_scale,
+            temperature=temperature_of(logit_scale, "logit_scale"),
             normalize=False,
             process_group=all_processes(self.world_size > 1),
         )
@@ -89,12 +86,10 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The sum over all pairs of [B, D] twice over B, as {"contrastive_loss": loss} with `output_dict`."""
-        if isinstance(logit_scale, Tensor):
-            logit_scale = logit_scale.to(reference.compute_dtype(logit_scale.dtype))
         loss = fused_siglip(
             image_features,
             text_features,
-            temperature=1 / logit_scale,
+            temperature=temperature_of(logit_scale, "logit_scale"),
             bias=0.0 if logit_bias is None else logit_bias,
             normalize=False,
             process_group=all_processes(self.world_size > 1),

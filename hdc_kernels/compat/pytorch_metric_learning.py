@@ -8,7 +8,7 @@ batch (the peer's value is W times that).
 import torch
 from torch import Tensor, nn
 
-from hdc_kernels.checks import check_count, check_temperature
+from hdc_kernels.checks import check_count, check_labels, check_pair, check_temperature
 from hdc_kernels.distributed.ranks import ProcessGroups, check_process_group
 from hdc_kernels.sup_con import Definition, fused_sup_con
 
@@ -64,11 +64,9 @@ class _LabelLoss(nn.Module):
         other_holds_self: bool = False,
     ) -> Tensor:
         """The loss of these anchors; see `fused_sup_con`."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels is a {type(labels).__name__}; it must be a tensor of integers")
         return fused_sup_con(
             embeddings,
-            labels.to(embeddings.device),
+            _on_device_of(embeddings, labels),
             temperature=self.temperature,
             definition=self.definition,
             other=other,
@@ -173,17 +171,36 @@ class CrossBatchMemory(nn.Module):
             TypeError, ValueError: naming the argument, what was given, and what is allowed.
         """
         _refuse_pairs(indices_tuple)
-        if enqueue_mask is not None and enqueue_mask.shape != labels.shape:
-            raise ValueError(
-                f"enqueue_mask has shape {list(enqueue_mask.shape)} but labels has "
-                f"{list(labels.shape)}; they must be equal"
-            )
-        labels = labels.to(embeddings.device)
+        labels = self._check(embeddings, labels, enqueue_mask)
         entering = slice(None) if enqueue_mask is None else enqueue_mask
         memory = self._enqueue(embeddings[entering], labels[entering])
         if enqueue_mask is None:
             return self.loss.against(embeddings, labels, *memory, other_holds_self=True)
         return self.loss.against(embeddings[~enqueue_mask], labels[~enqueue_mask], *memory)
+
+    def _check(self, embeddings: Tensor, labels: Tensor, enqueue_mask: Tensor | None) -> Tensor:
+        """The labels on the device of the embeddings; raises before anything enters the memory."""
+        empty = self.loss.process_group is not None
+        check_pair(("embeddings", "embeddings"), (embeddings, embeddings), "[B, D]", empty=empty)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings has shape {list(embeddings.shape)}; it must be [B, {self.embedding_size}]"
+            )
+        labels = _on_device_of(embeddings, labels)
+        check_labels("labels", labels, "embeddings", embeddings)
+        if enqueue_mask is None:
+            return labels
+        if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+            given = type(enqueue_mask).__name__
+            if isinstance(enqueue_mask, Tensor):
+                given += f" of {enqueue_mask.dtype}"
+            raise TypeError(f"enqueue_mask is a {given}; it must be a tensor [B] of bool")
+        if enqueue_mask.shape != labels.shape:
+            raise ValueError(
+                f"enqueue_mask has shape {list(enqueue_mask.shape)} but labels has "
+                f"{list(labels.shape)}; they must be equal"
+            )
+        return labels
 
     def _enqueue(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the memory holds now, with these in front: an anchor finds itself in its own row."""
@@ -210,6 +227,12 @@ class CrossBatchMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
+
+
+def _on_device_of(embeddings: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; it must be a tensor of integers")
+    return labels.to(embeddings.device)
 
 
 def _refuse_pairs(given: object, name: str = "indices_tuple") -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hdc_kernels.backends import Mask
-from hdc_kernels.checks import check_choice, check_temperature
-from hdc_kernels.compat import all_processes
+from hdc_kernels.checks import check_choice, check_pair
+from hdc_kernels.compat import all_processes, temperature_of
 from hdc_kernels.distributed.ranks import ProcessGroups
 from hdc_kernels.distributed.rows import Rows, meet
 from hdc_kernels.in_chunks import InChunks
@@ -55,14 +55,11 @@ def multiple_negatives_ranking(
     Equals: the same loss of sentence-transformers, without hardness weights.
     """
     _check(scale, similarity_fct, directions, partition_mode)
-    if len(embeddings) < 2:
-        raise ValueError(
-            f"embeddings has {len(embeddings)} entries; it must have queries and documents at least"
-        )
+    _check_embeddings(embeddings, empty=process_group is not None)
     queries, positives = embeddings[:2]
     documents = torch.cat(list(embeddings[1:])) if len(embeddings) > 2 else positives
     options: dict[str, Any] = {
-        "temperature": 1 / scale,
+        "temperature": temperature_of(scale),
         "normalize": NORMALIZES[_name(similarity_fct)],
     }
     others = set(directions) - {"query_to_doc"}
@@ -160,7 +157,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """τ."""
-        return 1 / self.scale
+        return temperature_of(self.scale)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the peer's model card tells of the loss."""
@@ -244,9 +241,7 @@ def _check(
     directions: Sequence[Direction],
     partition_mode: PartitionMode,
 ) -> None:
-    if not isinstance(scale, Tensor) and not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be positive")
-    check_temperature(1 / scale)
+    temperature_of(scale)
     name = getattr(similarity_fct, "__name__", similarity_fct)
     if name not in NORMALIZES:
         raise ValueError(
@@ -262,3 +257,14 @@ def _check(
             f"directions is {tuple(directions)}; with partition_mode='per_direction' it can have "
             "'query_to_doc' and 'doc_to_query' only, which hold the positive pair"
         )
+
+
+def _check_embeddings(embeddings: Sequence[Tensor], *, empty: bool) -> None:
+    """Two entries at least, all alike: what the documents are joined of goes to kernels as it is."""
+    if len(embeddings) < 2:
+        raise ValueError(
+            f"embeddings has {len(embeddings)} entries; it must have queries and documents at least"
+        )
+    for k, column in enumerate(embeddings[1:], 1):
+        names = "embeddings[0]", f"embeddings[{k}]"
+        check_pair(names, (embeddings[0], column), "[B, D]", empty=empty)

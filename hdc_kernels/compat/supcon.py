@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hdc_kernels.checks import check_choice, check_temperature
+from hdc_kernels.compat import times
 from hdc_kernels.distributed.ranks import ProcessGroups, check_process_group
 from hdc_kernels.distributed.rows import meet
+from hdc_kernels.positives import divide
 from hdc_kernels.sup_con import fused_sup_con
 
 ContrastMode = Literal["all", "one"]
@@ -26,16 +28,16 @@ class SupConLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.07,
+        temperature: float | Tensor = 0.07,
         contrast_mode: ContrastMode = "all",
-        base_temperature: float = 0.07,
+        base_temperature: float | Tensor = 0.07,
         *,
         process_group: ProcessGroups | None = None,
     ) -> None:
         super().__init__()
         check_temperature(temperature)
         check_choice("contrast_mode", contrast_mode, ContrastMode)
-        check_temperature(base_temperature)
+        check_temperature(base_temperature, "base_temperature")
         check_process_group(process_group)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
@@ -89,7 +91,7 @@ class SupConLoss(nn.Module):
             normalize=False,
             process_group=self.process_group,
         )
-        return loss * (self.temperature / self.base_temperature)
+        return divide(times(loss, self.temperature), self.base_temperature)
 
     def _numbers(self, features: Tensor) -> Tensor:
         """A label for each image of its own, on all ranks."""

@@ -1,6 +1,7 @@
 """Whose rows are where: the parts of a batch on the ranks of a group, gathered and summed."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,12 +103,17 @@ class Travelling(NamedTuple):
     rows: Rows
 
 
-def meet(process_group: ProcessGroups, device: torch.device, *counts: int) -> tuple[Rows, ...]:
+def meet(
+    process_group: ProcessGroups,
+    device: torch.device,
+    *counts: int,
+    names: Sequence[str] = ("the batch",),
+) -> tuple[Rows, ...]:
     """The rows on every rank, of one or more kinds of embeddings on `device` of which this one has so many.
 
     Raises:
         TypeError: for anything that is no process group.
-        ValueError: where no rank has rows of the first kind.
+        ValueError: where no rank has rows of the first kind, or of any other that has a name in `names`.
     """
     ranks = as_ranks(process_group)
     group = ranks.group
@@ -117,8 +123,9 @@ def meet(process_group: ProcessGroups, device: torch.device, *counts: int) -> tu
         own = torch.tensor([counts], device=device)
         found = all_gather(own, group, "the batch sizes").tolist()
         sizes = [tuple(rank[kind] for rank in found) for kind in range(len(counts))]
-    if not sum(sizes[0]):
-        raise ValueError("the batches of all ranks are empty; one at least must have a row")
+    for name, each in zip(names, sizes, strict=False):
+        if not sum(each):
+            raise ValueError(f"{name} is empty on all ranks; one rank at least must have a row")
     return tuple(Rows(ranks, each) for each in sizes)
 
 

@@ -146,9 +146,3 @@ def add_exponentials(highest, total, cosine, k):
     total *= tl.exp2((highest - base) * k)
     total += tl.sum(tl.exp2((cosine - base[:, None]) * k), 1)
     return higher, total
-
-
-@triton.jit
-def log_total(highest, total, k):
-    """log2 Σ exp2(cosine·k) of what `add_exponentials` made; −∞ if there was nothing."""
-    return tl.where(highest == float("-inf"), 0.0, highest) * k + tl.log2(total)

@@ -1,7 +1,8 @@
 """How the arguments of the launches are described."""
 
-import torch
 from torch import Tensor
+
+from hdc_kernels.backends import rounding
 
 
 def strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
@@ -11,4 +12,4 @@ def strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
 
 def precision() -> str:
     """How products of float32 are taken: exactly, or with 10 bits of mantissa on tensor cores."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if rounding.to_tf32() else "ieee"
