@@ -80,8 +80,7 @@ class Call(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value, terms and hits in differentiable PyTorch; whole where there can be no checkpoints."""
         problems = self.problems(tau, bias, x, y)
-        transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
-        chunked = self.backend == "chunked" and not transformed
+        chunked = self.backend == "chunked" and not in_transform()
         terms, hits = plain.terms(problems, chunked=chunked)
         return terms if self.weights is None else plain.total(problems, terms), terms, hits
 
@@ -115,6 +114,11 @@ class Call(NamedTuple):
 def in_forward_mode() -> bool:
     """Whether any input may carry a tangent, which kernels would lose; torch.func's wrappers may hide it."""
     return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward mode is at work: operators have no rules for them, and they no checkpoints."""
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 def scaled(

@@ -15,7 +15,7 @@ from torch import Tensor
 from hdc_kernels import autograd, operators, reference
 from hdc_kernels.backends import EVERYTHING, Detail, Function, Mask, plain
 from hdc_kernels.backends.outputs import means_of
-from hdc_kernels.call import Call, in_forward_mode
+from hdc_kernels.call import Call, in_forward_mode, in_transform
 from hdc_kernels.selection import PLAIN, implementation, select
 
 Pair = tuple[Tensor, Tensor]
@@ -139,8 +139,7 @@ def _compiled(
     y: tuple[Tensor, ...],
 ) -> Contrast:
     """In operators that the compiler knows, but for the divisor."""
-    # The operators have no rules for torch.func.
-    if call.backend in PLAIN or torch._C._are_functorch_transforms_active():
+    if call.backend in PLAIN or in_transform():
         return _plain(call, tau, bias, x, y)
     tensors = operators.inputs_of(call, tau, bias, x, y)
     options = operators.options_of(call)

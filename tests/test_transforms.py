@@ -1,6 +1,6 @@
 """The losses under torch.func, forward-mode AD and batched gradients: what plain PyTorch gives under the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,13 @@ def jvp_of_vjp(loss: Function) -> Any:
     return torch.func.jvp(pull_back, (upstream,), (upstream,))
 
 
+def grad_of_jvp(loss: Function) -> Any:
+    def tangent(*inputs: Tensor) -> Tensor:
+        return torch.func.jvp(loss, inputs, DIRECTIONS)[1].square().sum()
+
+    return torch.func.grad(tangent, ALL)(*INPUTS)
+
+
 def jacrev(loss: Function) -> Any:
     return torch.func.jacrev(with_metric(loss), ALL)(*INPUTS)
 
@@ -132,17 +139,17 @@ def backward_of_vmap(loss: Function) -> Any:
     return slopes, torch.autograd.grad(sum(s.square().sum() for s in slopes), inputs)
 
 
-def dual_numbers(loss: Function) -> Any:
-    """Of tensors that require gradients and of others."""
-    found = []
-    for requires_grad in (False, True):
-        inputs = [t.clone().requires_grad_(requires_grad) for t in INPUTS]
-        with forward_ad.dual_level():
-            pairs = zip(inputs, DIRECTIONS, strict=True)
-            result = forward_ad.unpack_dual(loss(*(forward_ad.make_dual(*p) for p in pairs)))
-        assert result.primal.requires_grad == requires_grad
-        found += [t.detach() for t in result]
-    return found
+def dual_numbers(loss: Function, inputs: Sequence[Tensor] = INPUTS) -> Any:
+    with forward_ad.dual_level():
+        pairs = zip(inputs, DIRECTIONS, strict=True)
+        result = forward_ad.unpack_dual(loss(*(forward_ad.make_dual(*p) for p in pairs)))
+        return result.primal, result.tangent
+
+
+def backward_of_dual_numbers(loss: Function) -> Any:
+    inputs = [t.clone().requires_grad_() for t in INPUTS]
+    result = dual_numbers(loss, inputs)
+    return result, torch.autograd.grad(result[0].square().sum(), inputs)
 
 
 def dual_upstream(loss: Function) -> Any:
@@ -187,12 +194,14 @@ FIRST_IN_REVERSE = [
 OTHERS = [
     jvp,
     jvp_of_vjp,
+    grad_of_jvp,
     jacfwd,
     hessian,
     hessian_in_reverse,
     third_derivative,
     backward_of_vmap,
     dual_numbers,
+    backward_of_dual_numbers,
     dual_upstream,
     batched_gradients,
     partial(batched_gradients, create_graph=True),
@@ -267,7 +276,7 @@ def test_a_batch_of_biases() -> None:
     assert torch.equal(of_all, slopes.T)
 
 
-@pytest.mark.parametrize("transform", [grad_beside_a_metric, jvp, jacrev, vmap], ids=name)
+@pytest.mark.parametrize("transform", [grad_beside_a_metric, jvp, jacrev, vmap, dual_numbers])
 def test_compiled_transforms(transform: Any) -> None:
     """The operators have no rules for transforms: plain PyTorch is what is compiled."""
     loss = partial(info_nce, reduction="none")
