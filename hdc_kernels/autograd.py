@@ -1,9 +1,10 @@
 """The primitive as an `autograd.Function`: half the overhead of a registered operator; and for torch.func.
 
-Second derivatives are those of `backends/plain.py`, which holds the logits; first ones never do.
+Second derivatives are those of `backends/plain.py`, which holds the logits; first ones in reverse mode never do.
+Forward mode is plain PyTorch's altogether. A vmap runs the kernels on one entry after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hdc_kernels.backends import Terms
 from hdc_kernels.backends.outputs import NO_ROWS
-from hdc_kernels.call import Call, in_dtype, scaled, temperature_gradient
+from hdc_kernels.call import Call, in_dtype, in_forward_mode, scaled, temperature_gradient
 from hdc_kernels.selection import implementation
 
 MASK = 3  # tensors: `Call.without_tensors`
@@ -62,8 +63,10 @@ class Value(torch.autograd.Function):
             return tuple(None for _ in ctx.needs_input_grad)
         x_ids, y_ids, left_out, tau, bias, *xy = ctx.saved_tensors
         call = ctx.call.with_tensors(x_ids, y_ids, left_out)
+        if in_forward_mode() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+            return None, *_plain_gradient(call, upstream, tau, bias, *xy)
         made = ctx.made or _evaluate(call, tau, bias, xy)[1]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             bare = ctx.call, x_ids, y_ids, left_out
             return None, *Gradient.apply(*bare, upstream, tau, bias, *xy, *made)
         if call.weights is None:
@@ -102,15 +105,23 @@ class TransformedValue(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         if upstream is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        saved: list[Any] = list(ctx.saved_tensors)
-        if torch.is_grad_enabled():
-            found = Gradient.apply(ctx.call, *saved[:MASK], upstream, *saved[MASK:])
+        # The transform may have ended, as in `vjp`: what is left of its tensors has no memory of its own.
+        saved: list[Any] = [
+            t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors
+        ]
+        mask, saved = saved[:MASK], saved[MASK:]
+        if in_forward_mode():
+            inputs = saved[: 2 + 2 * ctx.call.pairs]
+            found = _plain_gradient(ctx.call.with_tensors(*mask), upstream, *inputs)
         else:
-            # The transform may have ended, as in `vjp`: what is left of its tensors has no memory of its own.
-            saved = [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in saved]
-            call = ctx.call.with_tensors(*saved[:MASK])
-            found = _gradient(call, upstream, *saved[MASK:])
+            found = Gradient.apply(ctx.call, *mask, upstream, *saved)
         return None, *(None,) * MASK, *found
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+        return _one_by_one(TransformedValue, info.batch_size, in_dims, inputs)
 
 
 class Gradient(torch.autograd.Function):
@@ -135,37 +146,106 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         mask, saved = ctx.saved_tensors[:MASK], ctx.saved_tensors[MASK:]
-        call, again = ctx.call.with_tensors(*mask), torch.is_grad_enabled()
-        inputs = [
-            # In a third derivative the graph goes on into these tensors, otherwise it ends here. A view keeps
-            # `grad` below from walking into whatever made them, which is the engine's to do.
-            None
-            if t is None
-            else t.view_as(t)
-            if again and t.requires_grad
-            else t.detach().requires_grad_()
-            for t in saved
-        ]
-        first, tau, bias, *xy = inputs
-        variables = [t for t in inputs[1:] if t is not None]
-        with torch.enable_grad():
-            whole = call._replace(backend="torch")
-            value, _, _ = whole.plain(tau, bias, xy[: call.pairs], xy[call.pairs :])
-            slopes = torch.autograd.grad(value, variables, first, create_graph=True)
-            of_slopes = [g for g, t in zip(upstream, inputs[1:], strict=True) if t is not None]
-            asked = [k for k, g in enumerate(of_slopes) if g is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [slopes[k] for k in asked],
-                    [first, *variables],
-                    [of_slopes[k] for k in asked],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-            )
+        call = ctx.call.with_tensors(*mask)
+        inputs = [None if t is None else _variable(t) for t in saved]
+        absent = [t is None for t in inputs[1:]]
+        of_slopes = [g for g, missing in zip(upstream, absent, strict=True) if not missing]
+        asked = [k for k, g in enumerate(of_slopes) if g is not None]
+
+        def slopes(first: Tensor, *variables: Tensor) -> tuple[Tensor, ...]:
+            found = _pulled_back(_value(call, absent), variables, (first,))
+            return tuple([found[k] for k in asked])
+
+        variables = [t for t in inputs if t is not None]
+        found = iter(_pulled_back(slopes, variables, tuple([of_slopes[k] for k in asked])))
         results = [None if t is None else next(found) for t in inputs]
         results = [None, *(None for _ in mask), *results]
         return *results, *(None for _ in ctx.needs_input_grad[len(results) :])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+        return _one_by_one(Gradient, info.batch_size, in_dims, inputs)
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function],
+    count: int,
+    in_dims: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """The rule of `torch.vmap`: a batch of calls, and where its dimension is in the outputs."""
+    bare, *tensors = inputs
+    results = [
+        function.apply(
+            bare,
+            *(
+                t if dim is None else t.select(dim, k)
+                for t, dim in zip(tensors, in_dims[1:], strict=True)
+            ),
+        )
+        for k in range(count)
+    ]
+    stacked = tuple(
+        [None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True)]
+    )
+    return stacked, tuple([None if t is None else 0 for t in stacked])
+
+
+def _plain_gradient(
+    call: Call,
+    upstream: Tensor,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    *xy: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """`_gradient` in PyTorch's own operations, where `upstream` is a batch or has a tangent."""
+    inputs = [None if t is None else _variable(t) for t in (tau, bias, *xy)]
+    absent = [t is None for t in inputs]
+    variables = [t for t in inputs if t is not None]
+    found = iter(_pulled_back(_value(call, absent), variables, (upstream,)))
+    return tuple([None if t is None else next(found) for t in inputs])
+
+
+def _value(call: Call, absent: Sequence[bool]) -> Callable[..., tuple[Tensor]]:
+    """The value in plain PyTorch, of those of (τ, bias, *x, *y) that are not `absent`."""
+    whole = call._replace(backend="torch")
+
+    def value(*variables: Tensor) -> tuple[Tensor]:
+        present = iter(variables)
+        inputs: list[Any] = [None if missing else next(present) for missing in absent]
+        tau, bias, *xy = inputs
+        return (whole.plain(tau, bias, xy[: call.pairs], xy[call.pairs :])[0],)
+
+    return value
+
+
+def _variable(t: Tensor) -> Tensor:
+    """To differentiate by. In a further derivative the graph goes on into t, otherwise it ends here.
+
+    A view keeps `grad` from walking into whatever made t, which is the engine's to do.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return t  # `vjp` makes its own
+    if torch.is_grad_enabled() and t.requires_grad:
+        return t.view_as(t)
+    return t.detach().requires_grad_()
+
+
+def _pulled_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    variables: Sequence[Tensor],
+    upstream: tuple[Any, ...],
+) -> Sequence[Any]:
+    """The gradients of Σ upstream · function(*variables), by torch.func where it is at work: it allows nothing else."""
+    if torch._C._are_functorch_transforms_active():
+        slopes: Sequence[Tensor] = torch.func.vjp(function, *variables)[1](upstream)
+        return slopes
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        values = function(*variables)
+    return torch.autograd.grad(values, variables, upstream, create_graph=again, allow_unused=True)
 
 
 def _evaluate(

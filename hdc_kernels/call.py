@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hdc_kernels.backends import (
     EVERYTHING,
@@ -77,9 +78,10 @@ class Call(NamedTuple):
     def plain(
         self, tau: Tensor | None, bias: Tensor | None, x: Sequence[Tensor], y: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, terms and hits in differentiable PyTorch."""
+        """Value, terms and hits in differentiable PyTorch; whole where there can be no checkpoints."""
         problems = self.problems(tau, bias, x, y)
-        terms, hits = plain.terms(problems, chunked=self.backend == "chunked")
+        chunked = self.backend == "chunked" and not in_transform()
+        terms, hits = plain.terms(problems, chunked=chunked)
         return terms if self.weights is None else plain.total(problems, terms), terms, hits
 
     def step(
@@ -107,6 +109,16 @@ class Call(NamedTuple):
         if gradients.bias is not None:
             scalars.append(gradients.bias)
         return [*scalars, *gradients.x, *(gradients.y if self.needs_y else ())]
+
+
+def in_forward_mode() -> bool:
+    """Whether any input may carry a tangent, which kernels would lose; torch.func's wrappers may hide it."""
+    return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward mode is at work: operators have no rules for them, and they no checkpoints."""
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 def scaled(

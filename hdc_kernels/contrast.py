@@ -1,8 +1,9 @@
 """The one quadratic operation that every loss is made of.
 
 What it computes is said in `hdc_kernels/backends/__init__.py`; here a call finds its way: plain PyTorch as
-it is, `autograd.py` in eager mode, `operators.py` while compiling. Inputs keep their dtypes under autocast:
-whatever comes in, the kernels accumulate in float32 or wider.
+it is, `autograd.py` in eager mode and under torch.func, `operators.py` while compiling. Forward mode and compiled
+transforms have nothing but plain PyTorch. Inputs keep their dtypes under autocast: whatever comes in, the kernels
+accumulate in float32 or wider.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from hdc_kernels import autograd, operators, reference
 from hdc_kernels.backends import EVERYTHING, Detail, Function, Mask, plain
 from hdc_kernels.backends.outputs import means_of
-from hdc_kernels.call import Call
+from hdc_kernels.call import Call, in_forward_mode, in_transform
 from hdc_kernels.selection import PLAIN, implementation, select
 
 Pair = tuple[Tensor, Tensor]
@@ -88,9 +89,10 @@ def contrast(
     if compiling:
         found = _compiled(call, tau, bias, x, y)
         return found if weights is None else found._replace(value=found.value / divisor)
-    if call.backend in PLAIN:
+    if call.backend in PLAIN or in_forward_mode():
         return _plain(call, tau, bias, x, y)
-    if _differentiable(tau, bias, x, y):
+    # Under torch.func, what has no gradient here may have one further out, and no kernel can read it as it is.
+    if torch._C._are_functorch_transforms_active() or _differentiable(tau, bias, x, y):
         return Contrast(*autograd.value(call, tau, bias, (*x, *y)))
     result = implementation(call.backend).forward(call.problems(tau, bias, x, y))
     value = result.loss if weights is None else result.total
@@ -137,7 +139,7 @@ def _compiled(
     y: tuple[Tensor, ...],
 ) -> Contrast:
     """In operators that the compiler knows, but for the divisor."""
-    if call.backend in PLAIN:
+    if call.backend in PLAIN or in_transform():
         return _plain(call, tau, bias, x, y)
     tensors = operators.inputs_of(call, tau, bias, x, y)
     options = operators.options_of(call)

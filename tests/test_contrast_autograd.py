@@ -40,9 +40,7 @@ def test_gradcheck(weights: tuple[float, ...] | None, backend: str, symmetric: b
     assert torch.autograd.gradgradcheck(value, (tau, *inputs))
 
 
-@pytest.mark.parametrize(
-    "backend", ["cpu", "torch"]
-)  # torch.func has no checkpoints, nor then "chunked"
+@pytest.mark.parametrize("backend", ["cpu", "torch", "chunked"])
 def test_details(backend: str) -> None:
     """What is asked for beside the total changes neither it nor its gradients; means are those of the rows."""
     inputs = leaves((2, 3, 2), (2, 3, 2), (2, 4), (4, 4))
