@@ -1,7 +1,8 @@
 """The one quadratic operation that every loss is made of.
 
 What it computes is said in `hdc_kernels/backends/__init__.py`; here a call finds its way: plain PyTorch as
-it is, `autograd.py` in eager mode and under torch.func, `operators.py` while compiling. Forward mode and compiled
+it is, `autograd.py` in eager mode and under torch.func, `operators.py` while compiling or
+tracing. Forward mode and compiled
 transforms have nothing but plain PyTorch. Inputs keep their dtypes under autocast: whatever comes in, the kernels
 accumulate in float32 or wider.
 """
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from hdc_kernels import autograd, operators, reference
 from hdc_kernels.backends import EVERYTHING, Detail, Function, Mask, plain
@@ -69,12 +71,12 @@ def contrast(
         return Contrast(value, nothing.detach(), nothing.bool(), ranks, means)
     if mask is not EVERYTHING:
         _check_mask(mask, x, y)
-    compiling = torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or _intercepted(x[0])
     call = Call(
         select(
             backend, x, y, rows_first, function=function, single_entries=mask.left_out is not None
         ),
-        None if weights is None else tuple([w if compiling else w / divisor for w in weights]),
+        None if weights is None else tuple([w if traced else w / divisor for w in weights]),
         0.0 if isinstance(temperature, Tensor) else float(temperature),
         symmetric,
         normalize,
@@ -86,8 +88,8 @@ def contrast(
         beta=beta,
         detail="rows" if ranked or weights is None else detail,
     )
-    if compiling:
-        found = _compiled(call, tau, bias, x, y)
+    if traced:
+        found = _in_operators(call, tau, bias, x, y)
         return found if weights is None else found._replace(value=found.value / divisor)
     if call.backend in PLAIN or in_forward_mode():
         return _plain(call, tau, bias, x, y)
@@ -131,14 +133,14 @@ def _plain(
     return Contrast(value, terms, hits, plain.ranks(problems) if call.ranked else None, means)
 
 
-def _compiled(
+def _in_operators(
     call: Call,
     tau: Tensor | None,
     bias: Tensor | None,
     x: tuple[Tensor, ...],
     y: tuple[Tensor, ...],
 ) -> Contrast:
-    """In operators that the compiler knows, but for the divisor."""
+    """In operators that the compiler and tracers know, but for the divisor."""
     if call.backend in PLAIN or in_transform():
         return _plain(call, tau, bias, x, y)
     tensors = operators.inputs_of(call, tau, bias, x, y)
@@ -153,6 +155,11 @@ def _compiled(
     means = means_of(terms, hits, problems.rows) if call.detail == "means" else None
     value = value if call.weights is None else plain.total(problems, value)
     return Contrast(value, terms, hits, ranks if call.ranked else None, means)
+
+
+def _intercepted(x: Tensor) -> bool:
+    """Whether `__torch_dispatch__` must see an operator, as under `make_fx`, or x is no usual tensor."""
+    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, Parameter)
 
 
 def _differentiable(

@@ -81,6 +81,13 @@ class Problems(NamedTuple):
         """G_k · M_k of every pair."""
         return [x.numel() // x.shape[-1] for x in self.x]
 
+    def resolved(self) -> "Problems":
+        """The same without views that PyTorch takes for the negative of what is in memory."""
+        if not any(map(Tensor.is_neg, (*self.x, *self.y))):
+            return self
+        x, y = (tuple([t.resolve_neg() for t in side]) for side in (self.x, self.y))
+        return self._replace(x=x, y=y)
+
     def grouped(self) -> "Problems":
         """The same as views, of which all are [G, rows, D]."""
         x, y = (

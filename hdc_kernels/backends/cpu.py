@@ -151,8 +151,9 @@ def _call(
     gradients: Gradients | None,
     upstream: Tensor | None,
 ) -> None:
+    # What may be copies is held until the call is over.
+    problems = problems.resolved()
     mask, dtype = problems.mask, problems.x[0].dtype
-    # Held until the call is over: they may be copies.
     ids = [t.contiguous() for t in mask.ids] if mask.ids else []
     left_out = _by_row(mask.left_out, problems.rows[0]) if mask.left_out is not None else []
     nowhere = (None,) * len(problems.x)

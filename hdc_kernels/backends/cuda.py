@@ -110,7 +110,7 @@ def step(problems: Problems) -> tuple[Terms, Gradients]:
 
 def _readable(problems: Problems) -> Problems:
     """Rows without gaps, and a temperature that the device reads by itself."""
-    problems = problems.grouped()
+    problems = problems.resolved().grouped()
     x, y = (
         tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         for tensors in (problems.x, problems.y)

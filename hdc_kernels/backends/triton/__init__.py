@@ -104,7 +104,7 @@ def _readable(problems: Problems) -> Problems:
             f"backend 'triton' needs tensors on a GPU, not on {device}; use backend='auto', or set "
             "TRITON_INTERPRET=1 before the first import to run its interpreter"
         )
-    problems = problems.grouped()
+    problems = problems.resolved().grouped()
     x, y = (
         tuple(t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         for tensors in (problems.x, problems.y)
