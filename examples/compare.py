@@ -100,7 +100,7 @@ def table(rows: list[Row]) -> str:
     lines = [["loss function", "loss", *rows[0].accuracy, "seconds", "memory, MiB"]]
     for row in rows:
         shares = [f"{share:.1%}" for share in row.accuracy.values()]
-        cost = [f"{row.cost.seconds:.1f}", f"{row.cost.peak:.0f}"]
+        cost = [f"{row.cost.seconds:.2f}", f"{row.cost.peak:.0f}"]
         lines.append([row.function, f"{row.loss:.5f}", *shares, *cost])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *others = widths

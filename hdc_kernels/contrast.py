@@ -22,6 +22,9 @@ from hdc_kernels.selection import PLAIN, implementation, select
 
 Pair = tuple[Tensor, Tensor]
 
+# `make_fx` and `FakeTensorMode`. A mode that only watches, a counter of flop say, is none of them.
+TRACERS = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+
 
 class Contrast(NamedTuple):
     """`value` has gradients: Σ_k weights[k] · Σ terms_k / divisor, or without weights the terms. The rest has none.
@@ -158,8 +161,8 @@ def _in_operators(
 
 
 def _intercepted(x: Tensor) -> bool:
-    """Whether `__torch_dispatch__` must see an operator, as under `make_fx`, or x is no usual tensor."""
-    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, Parameter)
+    """Whether operators are recorded, or tensors have no memory that a kernel could read."""
+    return type(x) not in (Tensor, Parameter) or any(map(torch._C._get_dispatch_mode, TRACERS))
 
 
 def _differentiable(

@@ -376,13 +376,14 @@ def private_memory():
 caught = sum(read_corrupted(seed) for seed in range(first, count, step))
 open_files = [os.readlink(file) for file in Path("/proc/self/fd").glob("*") if file.exists()]
 assert not any(str(folder) in file for file in open_files), open_files
-again = range(first, min(count, 60 * step), step)
+again = range(first, min(count, 40 * step), step)
 memory = []
-for _ in range(3):
+for _ in range(6):
     for seed in again:
         read_corrupted(seed)
     memory.append(private_memory())
-assert memory[-1] - memory[0] < 64, memory  # kB
+# The heap comes and goes by a few hundred kB; what is lost stays in the least of it.
+assert min(memory[3:]) - min(memory[:3]) < 48, memory  # kB
 print("caught", caught)
 """
 
