@@ -12,11 +12,8 @@ from hdc.errors import InputError, unwritable
 from hdc.progress import warn
 
 FILE = ".lock"
-NO_LOCKS = {
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.ENOLCK,
-}  # such as Lustre, unless it is mounted with them
+# What a disk without them says: Lustre, unless it is mounted with them.
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def take(file: IO[Any], holder: str, seconds: float, *, inherit: bool) -> None:

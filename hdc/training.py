@@ -51,9 +51,8 @@ FREE_ON_RESUME = {
 # So many unreadable videos without a step between them mean that the disk is gone. Fewer may be chance: a batch
 # of one is lost with a single corrupt file.
 TOO_MANY_LOST = 8
-SECONDS_TO_RESTART = (
-    120.0  # a server keeps the locks of a node that died for some time: NFS for 90 s
-)
+# A server keeps the locks of a node that died for some time: NFS for 90 s.
+SECONDS_TO_RESTART = 120.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +48,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(videos: Path, out: Path, **changes: object) -> PretrainConfig:
-    config = PretrainConfig(
+def settings(videos: Path, out: Path, kind: type[Any] = PretrainConfig, **changes: object) -> Any:
+    config = kind(
         data=str(videos),
         out=str(out),
         backbone="tiny",
@@ -60,7 +61,7 @@ def settings(videos: Path, out: Path, **changes: object) -> PretrainConfig:
         log_every=1,
         checkpoint_every=2,
     )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -274,16 +275,12 @@ def test_finetuning_starts_from_the_pretrained_encoder(videos: Path, tmp_path: P
     """At a vanishing learning rate the encoder stays what it was; from scratch it is another."""
     manifest = read_manifest(videos / "manifest.csv")
     trained = pretrain(settings(videos, tmp_path / "pre"), manifest).checkpoint
-    base = FinetuneConfig(
-        data=str(videos),
-        out=str(tmp_path / "fine"),
+    base = settings(
+        videos,
+        tmp_path / "fine",
+        FinetuneConfig,
         checkpoint=str(trained),
-        backbone="tiny",
-        clips=ClipConfig(size=32),
-        augment=AugmentConfig(crop_size=28),
         epochs=1,
-        batch_size=8,
-        device="cpu",
         optimizer=OptimizerConfig(lr=1e-12),
     )
     finetune(base, manifest)
@@ -301,18 +298,8 @@ def test_finetuning_one_video_at_a_time(videos: Path, tmp_path: Path) -> None:
     shutil.copytree(videos, data)
     manifest = read_manifest(data / "manifest.csv")
     manifest.rows("train", 1).file(3).write_bytes(b"")
-    config = FinetuneConfig(
-        data=str(data),
-        out=str(tmp_path / "run"),
-        backbone="tiny",
-        clips=ClipConfig(size=32),
-        augment=AugmentConfig(crop_size=28),
-        epochs=2,
-        batch_size=1,
-        device="cpu",
-        log_every=1,
-        checkpoint_every=1,
-        keep_every=1,
+    config = settings(
+        data, tmp_path / "run", FinetuneConfig, batch_size=1, checkpoint_every=1, keep_every=1
     )
     assert len(finetune(config, manifest).unreadable) == 1
     assert len(losses(tmp_path / "run")) == 2 * 19

@@ -287,7 +287,6 @@ int blocks_of(const HdcCudaCall& call, const HdcCudaProblem* problems, int64_t c
     return int(std::max(int64_t{1}, std::min(int64_t{most}, processors / count)));
 }
 
-
 template <typename T>
 cudaError_t launch_depth(const Arguments& arguments, int depth, int64_t count, int shared, cudaStream_t stream) {
     const auto kernel = depth == 64 ? small_kernel<T, 64> : depth == 128 ? small_kernel<T, 128> : small_kernel<T, 256>;

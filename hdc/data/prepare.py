@@ -31,7 +31,7 @@ from hdc.data.ucf101 import list_ucf101
 from hdc.data.video_folder import list_video_folder
 from hdc.data.workers import Job, Outcome, hash_file, run_jobs
 from hdc.device import cores
-from hdc.errors import InputError, unwritable
+from hdc.errors import InputError, reason, unwritable
 
 DATASETS: dict[str, Callable[[Path], list[Listed]]] = {
     "kinetics400": list_kinetics400,
@@ -198,7 +198,7 @@ def _decode_all(
             continue
         except OSError as error:
             gone = video.missing or isinstance(error, FileNotFoundError)
-            outcomes[video.path] = Outcome(reason=MISSING if gone else str(error.strerror).lower())
+            outcomes[video.path] = Outcome(reason=MISSING if gone else reason(error))
             continue
         written = "" if config.no_transcode else targets[video.path]
         stamp = [status.st_size, status.st_mtime_ns, written]

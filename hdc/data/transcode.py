@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 
 from hdc.data.frame_times import demux
 from hdc.data.video import VideoError, open_video, quarter_turns
+from hdc.errors import reason
 
 GOP = 12
 QUANTIZER = "3"  # of 1 to 31, the same for every frame
@@ -111,8 +112,8 @@ def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Itera
                     yield frame
     except av.FFmpegError as error:
         stated = f" of {stream.frames}" if stream.frames else ""
-        reason = f"cannot be decoded after {frames}{stated} frames: {(error.strerror or str(error)).lower()}"
-        raise VideoError(path, reason) from error
+        fault = f"cannot be decoded after {frames}{stated} frames: {reason(error)}"
+        raise VideoError(path, fault) from error
     # Some writers count a few frames too many.
     if stream.frames - packets > max(2, stream.frames // 100):
         raise VideoError(path, f"is truncated: {packets} of {stream.frames} frames are there")

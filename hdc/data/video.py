@@ -30,7 +30,7 @@ from hdc.data.frame_times import (
     next_packet,
     packet_time,
 )
-from hdc.errors import InputError
+from hdc.errors import InputError, reason
 
 Frames = np.ndarray  # uint8 [frames, height, width, 3]
 # (number of the clip, of the frame in it, image uint8 [height, width, 3]). The image is the decoder's: copy it.
@@ -62,7 +62,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.codec_context.thread_count = 1  # the loader's processes are the parallelism
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, (error.strerror or str(error)).lower()) from error
+        raise VideoError(path, reason(error)) from error
     except IndexError as error:  # what PyAV's demuxer makes of one that was not there when it began
         raise VideoError(path, "has streams that begin midway") from error
 
