@@ -59,11 +59,19 @@ inline void Contrast<T, Stored, ELEMENTS>::coefficients(int64_t block) {
         T* row = own.panel + i * STRIDE;
         T lse, factor;
         split(packed.row_lse[first + i], packed.row_weight[first + i], row_scale, lse, factor);
+        if (bounded) {
+            for (int64_t j = 0; j < width; j += V) {
+                Vector<T> weight = broadcast(factor);
+                if (symmetric) weight += load(own.column_sum + begin + j);
+                store(row + j, weight * exp2(load(row + j), scale2));
+            }
+            continue;
+        }
         for (int64_t j = 0; j < width; j += V) {
             const Vector<T> s = load(row + j);
-            Vector<T> g = factor * exp2((s - lse) * scale2);
+            Vector<T> g = factor * exp2(s - lse, scale2);
             if (symmetric)
-                g += load(own.column_sum + begin + j) * exp2((s - load(own.column_maximum + begin + j)) * scale2);
+                g += load(own.column_sum + begin + j) * exp2(s - load(own.column_maximum + begin + j), scale2);
             store(row + j, g);
         }
     }
@@ -81,7 +89,7 @@ inline void Contrast<T, Stored, ELEMENTS>::tilted_coefficients(int64_t block) {
         split(packed.tilt_lse[first + i], call.beta * weight, tilt_scale, tilt_lse, tilt_factor);
         for (int64_t j = 0; j < width; j += V) {
             const Vector<T> s = load(row + j);
-            store(row + j, factor * exp2((s - lse) * scale2) - tilt_factor * exp2((s - tilt_lse) * tilt_scale2));
+            store(row + j, factor * exp2(s - lse, scale2) - tilt_factor * exp2(s - tilt_lse, tilt_scale2));
         }
     }
 }
@@ -99,9 +107,9 @@ inline void Contrast<T, Stored, ELEMENTS>::load_columns() {
 // that their difference is exact, and the factor makes good what rounding lse / a to T does to a whole row.
 // Without negatives all S are −inf and any lse will do.
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::split(double lse, double weight, double a, T& rounded, T& factor) {
+inline void Contrast<T, Stored, ELEMENTS>::split(double lse, double weight, double a, T& rounded, T& factor) const {
     const double exact = lse == -std::numeric_limits<double>::infinity() ? 0 : lse / a;
-    rounded = T(exact);
+    rounded = bounded ? T(0) : T(exact);
     factor = T(weight * std::exp((double(rounded) - exact) * a));
 }
 

@@ -12,8 +12,8 @@
 //
 // The rows of X are cut into panels of at most PANEL_ROWS, the columns (rows of Y) into blocks of BLOCK.
 //
-//   STEP      3 products. Per panel: S of all blocks, into a scratch panel, and the rows' maxima; block by
-//             block E = exp(S − max), its row sums and O += E·Ŷ; then, as the sums are known, so is the
+//   STEP      3 products. Per panel, block by block: S, E = exp S, its row sums and O += E·Ŷ, all into a scratch
+//             panel (unless `bounded`, S of the whole panel comes first); then, as the sums are known, so is the
 //             coefficient of every row, w_i = weight·p_i / Σ_j E_ij with p_i = 1 − exp(−term_i), and
 //             dŶ += Eᵀ·(w X̂).  dx̂_i = (w_i O_i − weight·p_i ŷ_i) / τ.  (LOGSUMEXP: p = 1, and no ŷ_i.)
 //             2 products where dŶ is not asked for: E is then needed once, and no block of it is kept. Where a
@@ -23,6 +23,8 @@
 //
 // A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are; one of
 // TILTED too, whose two sums share the product, but not the exponentials that O would add up.
+// Where S has bounds that allow it, E is exp S as it is (`bounded`): cosines do, but at very low temperatures. Rows and
+// columns then share their exponentials. Elsewhere E is exp(S − maximum), of the row or the column.
 // SOFTPLUS needs no sum to know its coefficients, weight·σ(S + bias): every task is one sweep over the blocks.
 //
 // With PAIRS, an opt-in for float32 and bfloat16 embeddings, the factors of every product are rounded to
@@ -47,6 +49,10 @@ namespace HDC_ISA {
 
 constexpr double LOG2E = 1.4426950408889634;
 
+// exp S of cosines can do without a maximum up to this scale (τ from 0.025 on): a sum of e^40 over 2^40 rows, or one over
+// it, is far from the ends of float32.
+constexpr double HIGHEST_BOUND = 40;
+
 // What one thread does to its part of one group. Members are defined, inline, in the headers that they are listed under.
 template <typename T, typename Stored, Elements ELEMENTS>
 class Contrast {
@@ -58,6 +64,7 @@ class Contrast {
     const HdcCall& call;
     const bool normalize, symmetric, tilted, full_gradients, positives;  // whether rows have one
     const bool per_row;                         // whether terms, hits and logsumexps are asked for
+    const bool bounded;                         // whether exponentials and their sums are those of S itself
     const double scale, row_scale, tilt_scale;  // of S τ: 1 / τ; in row_lse; in tilt_lse
     const T scale2, tilt_scale2;                // the last two for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
@@ -106,8 +113,9 @@ class Contrast {
     void find_positives();
     void count_unbeaten(const T* values, int64_t columns);
     Vector<T> maximum_of_row(const T* row, int64_t width, Vector<T> highest) const;
-    static double log_of_sum(T highest, double a, double sum);
-    void finish_row(int64_t i, T highest, double sum);
+    void find_maxima(const T* values, int64_t width);
+    static double log_of_sum(T shift, double a, double sum);
+    void finish_row(int64_t i, T shift, T highest, double sum);
     void finish_rank(int64_t row);
     Term term(double lse, int64_t row) const;
     void finish_term(int64_t row, double loss);
@@ -119,6 +127,7 @@ class Contrast {
     template <typename To> void write(const HdcMatrix& matrix, int64_t row, const T* values) const;
 
     // step.h
+    void sum_bounded();
     void sum_panel();
     void sum_in_passing();
     void raise_maxima(int64_t width, bool has_sums);
@@ -126,13 +135,14 @@ class Contrast {
 
     // forward.h
     template <bool WITH_TILT> void update_rows(int64_t width);
+    void add_exponentials(int64_t block);
     void update_columns(int64_t block);
 
     // backward.h
     void coefficients(int64_t block);
     void tilted_coefficients(int64_t block);
     void load_columns();
-    static void split(double lse, double weight, double a, T& rounded, T& factor);
+    void split(double lse, double weight, double a, T& rounded, T& factor) const;
 
     // softplus.h
     void sigmoids(int64_t width, bool saved);
@@ -141,7 +151,9 @@ class Contrast {
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
         : group(group), packed(packed), own(own), call(call), normalize(call.normalize), symmetric(call.symmetric),
           tilted(call.function == HDC_TILTED), full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
-          per_row(call.terms), scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
+          per_row(call.terms),
+          bounded(normalize && 1 / call.temperature <= HIGHEST_BOUND && (positives || call.function == HDC_LOGSUMEXP)),
+          scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
           scale2(T(LOG2E * row_scale)), tilt_scale2(T(LOG2E * tilt_scale)) {}
 
     // One thread's part each; contrast_isa.cpp says in which order, and where all threads wait for each other.

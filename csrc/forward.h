@@ -15,7 +15,7 @@ namespace HDC_ISA {
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::forward(Share rows) {
     if (symmetric) {
-        std::fill_n(own.column_maximum, round_up(group.columns, V), LOWEST<T>);
+        std::fill_n(own.column_maximum, round_up(group.columns, V), bounded ? T(0) : LOWEST<T>);
         std::fill_n(own.column_sum, round_up(group.columns, V), T(0));
     }
     for (first = rows.begin; first < rows.end; first += own.panel_rows) {
@@ -25,19 +25,45 @@ inline void Contrast<T, Stored, ELEMENTS>::forward(Share rows) {
         for (int64_t block = 0; block < blocks(); block++) {
             similarities(block, own.panel);
             count_unbeaten(own.panel, columns_of(block));
+            if (bounded) {
+                add_exponentials(block);
+                continue;
+            }
             if (tilted) update_rows<true>(round_up(columns_of(block), V));
             else update_rows<false>(round_up(columns_of(block), V));
             if (symmetric) update_columns(block);
         }
         for (int64_t i = 0; i < count; i++) {
             const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);
-            const T highest = highest_lane<T>(maxima);
-            finish_row(i, highest, sum_of_lanes<T>(sums * exp2((maxima - highest) * scale2)));
+            const T highest = highest_lane<T>(maxima), shift = bounded ? T(0) : highest;
+            finish_row(i, shift, highest, sum_of_lanes<T>(bounded ? sums : sums * exp2(maxima - highest, scale2)));
             if (!tilted) continue;
-            const Vector<T> tilts = load(own.row_second + i * V) * exp2((maxima - highest) * tilt_scale2);
+            const Vector<T> tilts = load(own.row_second + i * V) * exp2(maxima - highest, tilt_scale2);
             packed.tilt_lse[first + i] = log_of_sum(highest, tilt_scale, sum_of_lanes<T>(tilts));
             if (per_row) group.tilt_lse[first + i] = packed.tilt_lse[first + i];
         }
+    }
+}
+
+// Sums of rows and columns out of the same exponentials.
+template <typename T, typename Stored, Elements ELEMENTS>
+inline void Contrast<T, Stored, ELEMENTS>::add_exponentials(int64_t block) {
+    const int64_t width = round_up(columns_of(block), V);
+    if (per_row) find_maxima(own.panel, width);
+    Vector<T> columns[BLOCK / V] = {};
+    for (int64_t i = 0; i < count; i++) {
+        const T* row = own.panel + i * STRIDE;
+        Vector<T> sum{};
+        for (int64_t j = 0; j < width; j += V) {
+            const Vector<T> e = exp2(load(row + j), scale2);
+            sum += e;
+            columns[j / V] += e;
+        }
+        store(own.row_sum + i * V, load(own.row_sum + i * V) + sum);
+    }
+    for (int64_t j = 0; j < width && symmetric; j += V) {
+        T* sums = own.column_sum + block * BLOCK + j;
+        store(sums, load(sums) + columns[j / V]);
     }
 }
 
@@ -47,12 +73,12 @@ inline void Contrast<T, Stored, ELEMENTS>::update_rows(int64_t width) {
     for (int64_t i = 0; i < count; i++) {
         const T* row = own.panel + i * STRIDE;
         const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
-        Vector<T> sum = load(own.row_sum + i * V) * exp2((before - now) * scale2), tilt{};
-        if constexpr (WITH_TILT) tilt = load(own.row_second + i * V) * exp2((before - now) * tilt_scale2);
+        Vector<T> sum = load(own.row_sum + i * V) * exp2(before - now, scale2), tilt{};
+        if constexpr (WITH_TILT) tilt = load(own.row_second + i * V) * exp2(before - now, tilt_scale2);
         for (int64_t j = 0; j < width; j += V) {
             const Vector<T> below = load(row + j) - now;
-            sum += exp2(below * scale2);
-            if constexpr (WITH_TILT) tilt += exp2(below * tilt_scale2);
+            sum += exp2(below, scale2);
+            if constexpr (WITH_TILT) tilt += exp2(below, tilt_scale2);
         }
         store(own.row_maximum + i * V, now);
         store(own.row_sum + i * V, sum);
@@ -68,9 +94,9 @@ inline void Contrast<T, Stored, ELEMENTS>::update_columns(int64_t block) {
         const Vector<T> before = load(maxima);
         Vector<T> now = before, sum{};
         for (int64_t i = 0; i < count; i++) now = maximum<T>(now, load(own.panel + i * STRIDE + j));
-        for (int64_t i = 0; i < count; i++) sum += exp2((load(own.panel + i * STRIDE + j) - now) * scale2);
+        for (int64_t i = 0; i < count; i++) sum += exp2(load(own.panel + i * STRIDE + j) - now, scale2);
         store(maxima, now);
-        store(sums, load(sums) * exp2((before - now) * scale2) + sum);
+        store(sums, load(sums) * exp2(before - now, scale2) + sum);
     }
 }
 
@@ -79,7 +105,7 @@ template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::merge_columns(Share columns, Threads<T> threads) {
     if (!symmetric) return;
     for (int64_t j = columns.begin; j < columns.end; j++) {
-        T highest = LOWEST<T>;
+        T highest = bounded ? T(0) : LOWEST<T>;
         for (const Private<T>& thread : threads) highest = std::max(highest, thread.column_maximum[j]);
         double sum = 0;
         for (const Private<T>& thread : threads)

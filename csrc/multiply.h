@@ -50,6 +50,11 @@ inline void multiply_tile(Operand<T> a, Operand<T> b, int64_t steps, T* __restri
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sum[r][v] = Vector<T>{};
+    // By the time the sums are there, so is what they are added to or written over: it may come from the L3 cache.
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) __builtin_prefetch(out + r * out_stride + v * V, 1);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < steps; k++) {
         // A column of a panel is a new cache line in every step, too far apart for the hardware to foresee.

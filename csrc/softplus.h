@@ -54,7 +54,7 @@ inline void Contrast<T, Stored, ELEMENTS>::sigmoids(int64_t width, bool saved) {
             const Vector<T> z = load(row + j) * T(scale) + bias, zero{};
             // The constant's own rounding would put all of a row off by |z| times as much. NaN is kept.
             const Vector<T> least = broadcast(T(1.01) * Exp2<T>::lowest), falling = z > zero ? -z : z;
-            const Vector<T> a = maximum<T>(least, falling), rough = exp2(a * T(LOG2E));
+            const Vector<T> a = maximum<T>(least, falling), rough = exp2(a, T(LOG2E));
             const Vector<T> e = rough + rough * (a * T((LOG2E_FULL - (long double)(T(LOG2E))) * LN2));
             const Vector<T> slope = weight * (z > zero ? broadcast(T(1)) : e) / (e + T(1));
             sum += (z > zero ? z : zero) + log1p<T>(e);

@@ -16,11 +16,13 @@ inline void Contrast<T, Stored, ELEMENTS>::step(Share rows) {
     for (first = rows.begin; first < rows.end; first += own.panel_rows) {
         start_panel(rows);
         start_rows();
-        if (group.dy.data) sum_panel();
+        if (bounded) sum_bounded();
+        else if (group.dy.data) sum_panel();
         else sum_in_passing();
         for (int64_t i = 0; i < count; i++) {
             const double sum = double(sum_of_lanes<T>(load(own.row_sum + i * V)));
-            finish_row(i, own.row_maximum[i * V], sum);
+            const T highest = highest_lane<T>(load(own.row_maximum + i * V));
+            finish_row(i, bounded ? T(0) : highest, highest, sum);
             const Term found = term(packed.row_lse[first + i], first + i);
             finish_term(first + i, found.value);
             packed.row_weight[first + i] = group.weight * found.slope;
@@ -33,15 +35,27 @@ inline void Contrast<T, Stored, ELEMENTS>::step(Share rows) {
     }
 }
 
-// The panel becomes E; its row sums and O.
+// The panel becomes E; its row sums and O. All while a block is in the L2 cache.
+template <typename T, typename Stored, Elements ELEMENTS>
+inline void Contrast<T, Stored, ELEMENTS>::sum_bounded() {
+    find_positives();
+    for (int64_t block = 0; block < blocks(); block++) {
+        T* values = group.dy.data ? block_of_panel(block) : own.panel;
+        similarities(block, values);
+        count_unbeaten(values, columns_of(block));
+        if (per_row) find_maxima(values, round_up(columns_of(block), V));
+        exponentials(block, values);
+        add_to_sums(values, block);
+    }
+}
+
+// The same where only the row's maximum tells what S may be raised to: S of the whole panel comes first.
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sum_panel() {
     for (int64_t block = 0; block < blocks(); block++) {
         T* values = block_of_panel(block);
         similarities(block, values);
-        const int64_t width = round_up(columns_of(block), V);
-        for (int64_t i = 0; i < count; i++)
-            store(own.row_maximum + i * V, maximum_of_row(values + i * STRIDE, width, load(own.row_maximum + i * V)));
+        find_maxima(values, round_up(columns_of(block), V));
     }
     for (int64_t i = 0; i < count; i++) {
         const T highest = highest_lane<T>(load(own.row_maximum + i * V));
@@ -74,7 +88,7 @@ inline void Contrast<T, Stored, ELEMENTS>::raise_maxima(int64_t width, bool has_
         const T before = own.row_maximum[i * V];
         const T now = highest_lane<T>(maximum_of_row(own.panel + i * STRIDE, width, broadcast(before)));
         if (!(now > before)) continue;
-        const Vector<T> factor = exp2((broadcast(before) - now) * scale2);
+        const Vector<T> factor = exp2(broadcast(before) - now, scale2);
         store(own.row_maximum + i * V, broadcast(now));
         store(own.row_sum + i * V, load(own.row_sum + i * V) * factor);
         T* sums = own.sums + i * packed.stride;
@@ -82,16 +96,16 @@ inline void Contrast<T, Stored, ELEMENTS>::raise_maxima(int64_t width, bool has_
     }
 }
 
-// S τ -> exp(S − maximum), and the sums of the rows.
+// S τ -> exp(S − maximum), or if bounded exp S, and the sums of the rows.
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::exponentials(int64_t block, T* values) {
     const int64_t width = round_up(columns_of(block), V);
     for (int64_t i = 0; i < count; i++) {
         T* row = values + i * STRIDE;
-        const Vector<T> highest = load(own.row_maximum + i * V);
+        const Vector<T> shift = bounded ? Vector<T>{} : load(own.row_maximum + i * V);
         Vector<T> sum{};
         for (int64_t j = 0; j < width; j += V) {
-            const Vector<T> e = exp2((load(row + j) - highest) * scale2);
+            const Vector<T> e = exp2(load(row + j) - shift, scale2);
             store(row + j, e);
             sum += e;
         }

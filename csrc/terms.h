@@ -44,17 +44,23 @@ inline Vector<T> Contrast<T, Stored, ELEMENTS>::maximum_of_row(const T* row, int
     return highest;
 }
 
-// log Σ exp(a S) of a sum that was made relative to the highest S.
 template <typename T, typename Stored, Elements ELEMENTS>
-inline double Contrast<T, Stored, ELEMENTS>::log_of_sum(T highest, double a, double sum) {
-    return sum == 0 ? -std::numeric_limits<double>::infinity() : double(highest) * a + std::log(sum);
+inline void Contrast<T, Stored, ELEMENTS>::find_maxima(const T* values, int64_t width) {
+    for (int64_t i = 0; i < count; i++)
+        store(own.row_maximum + i * V, maximum_of_row(values + i * STRIDE, width, load(own.row_maximum + i * V)));
 }
 
-// What is known of row i once Σ exp((S_ij − maximum) / τ) is.
+// log Σ exp(a S) of a sum that was made relative to some S, which is the highest or 0.
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::finish_row(int64_t i, T highest, double sum) {
+inline double Contrast<T, Stored, ELEMENTS>::log_of_sum(T shift, double a, double sum) {
+    return sum == 0 ? -std::numeric_limits<double>::infinity() : double(shift) * a + std::log(sum);
+}
+
+// What is known of row i once Σ exp((S_ij − shift) / τ) is.
+template <typename T, typename Stored, Elements ELEMENTS>
+inline void Contrast<T, Stored, ELEMENTS>::finish_row(int64_t i, T shift, T highest, double sum) {
     const int64_t row = first + i;
-    packed.row_lse[row] = log_of_sum(highest, row_scale, sum);
+    packed.row_lse[row] = log_of_sum(shift, row_scale, sum);
     if (per_row) group.row_lse[row] = packed.row_lse[row];
     finish_rank(row);
     if (per_row) group.hits[row] = positives && highest < own.diagonal[i] && sum == sum;

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#if HDC_VECTOR_BYTES == 64
+#if HDC_VECTOR_BYTES >= 32
 #include <immintrin.h>
 #endif
 
@@ -162,31 +162,48 @@ inline Vector<T> exp2_of_fraction(Vector<T> fraction) {
     return power;
 }
 
-// 2^x for x ≤ 0 (a few above 0 do no harm). −inf gives 0, NaN gives NaN.
+// 2^(a·factor) below 2^126. −inf gives 0, NaN gives NaN. However large the product is, its fraction has the rounding
+// of a small number only, as it is made of the exact product (but for portable code).
 #if HDC_VECTOR_BYTES == 64
-// AVX-512 has the fraction and the scaling by a power of 2 as one instruction each. Results below the smallest
+// AVX-512 has rounding and scaling by a power of 2 as one instruction each. Results below the smallest
 // normal number become 0 here too: arithmetic on subnormal ones is slow. NaN is not less than anything.
-inline Vector<float> exp2(Vector<float> x) {
-    const Vector<float> fraction = _mm512_reduce_round_ps(x, _MM_FROUND_TO_NEAREST_INT, _MM_FROUND_NO_EXC);
+inline Vector<float> exp2(Vector<float> a, float factor) {
+    const Vector<float> x = a * factor, whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __mmask16 normal = _mm512_cmp_ps_mask(x, broadcast(Exp2<float>::lowest), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(normal, exp2_of_fraction<float>(fraction), x - fraction);
+    const Vector<float> fraction = _mm512_fmsub_ps(a, broadcast(factor), whole);
+    return _mm512_maskz_scalef_ps(normal, exp2_of_fraction<float>(fraction), whole);
 }
 
-inline Vector<double> exp2(Vector<double> x) {
-    const Vector<double> fraction = _mm512_reduce_round_pd(x, _MM_FROUND_TO_NEAREST_INT, _MM_FROUND_NO_EXC);
+inline Vector<double> exp2(Vector<double> a, double factor) {
+    const Vector<double> x = a * factor, whole = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __mmask8 normal = _mm512_cmp_pd_mask(x, broadcast(Exp2<double>::lowest), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_pd(normal, exp2_of_fraction<double>(fraction), x - fraction);
+    const Vector<double> fraction = _mm512_fmsub_pd(a, broadcast(factor), whole);
+    return _mm512_maskz_scalef_pd(normal, exp2_of_fraction<double>(fraction), whole);
 }
 #else
-template <typename V>
-inline V exp2(V x) {
-    using T = std::remove_cv_t<std::remove_reference_t<decltype(x[0])>>;
+#ifdef __FMA__
+inline Vector<float> multiply_subtract(Vector<float> a, float b, Vector<float> c) {
+    return _mm256_fmsub_ps(a, broadcast(b), c);
+}
+
+inline Vector<double> multiply_subtract(Vector<double> a, double b, Vector<double> c) {
+    return _mm256_fmsub_pd(a, broadcast(b), c);
+}
+#else
+template <typename V, typename T>
+inline V multiply_subtract(V a, T b, V c) {
+    return a * b - c;
+}
+#endif
+
+template <typename V, typename T>
+inline V exp2(V a, T factor) {
     using E = Exp2<T>;
     using Bits = typename VectorOf<T>::bits;
-    const V low = broadcast(E::lowest), bounded = x < low ? low : x;  // keeps NaN
+    const V x = a * factor, low = broadcast(E::lowest), bounded = x < low ? low : x;  // keeps NaN
     const V shifted = bounded + E::round, round = broadcast(E::round);
     const Bits exponent = ((Bits)shifted - (Bits)round + E::bias) << E::mantissa;
-    return x < low ? V{} : exp2_of_fraction<T>(bounded - (shifted - round)) * (V)exponent;
+    return x < low ? V{} : exp2_of_fraction<T>(multiply_subtract(a, factor, shifted - round)) * (V)exponent;
 }
 #endif
 
