@@ -38,11 +38,12 @@ inline void Contrast<T, Stored, ELEMENTS>::backward(Share rows) {
         start_panel(rows);
         if (ELEMENTS == PAIRS) weigh_rows(ones);
         for (int64_t block = 0; block < blocks(); block++) {
-            similarities(block, own.panel);
-            if (tilted) tilted_coefficients(block);
-            else coefficients(block);
-            add_to_sums(own.panel, block);
-            add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
+            T* values = block_of_panel(block);
+            if (!keeps) similarities(block, values);
+            if (tilted) tilted_coefficients(block, values);
+            else coefficients(block, values);
+            add_to_sums(values, block);
+            add_to_dy(values, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
         }
         for (int64_t i = 0; i < count; i++) {
             const double weight = packed.row_weight[first + i] + (symmetric ? packed.column_weight[first + i] : 0);
@@ -53,17 +54,18 @@ inline void Contrast<T, Stored, ELEMENTS>::backward(Share rows) {
 
 // S τ -> row_weight_i exp(S_ij − row_lse_i) + column_weight_j exp(S_ij − column_lse_j)
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::coefficients(int64_t block) {
+inline void Contrast<T, Stored, ELEMENTS>::coefficients(int64_t block, T* values) {
     const int64_t begin = block * BLOCK, width = round_up(columns_of(block), V);
     for (int64_t i = 0; i < count; i++) {
-        T* row = own.panel + i * STRIDE;
+        T* row = values + i * STRIDE;
         T lse, factor;
         split(packed.row_lse[first + i], packed.row_weight[first + i], row_scale, lse, factor);
         if (bounded) {
             for (int64_t j = 0; j < width; j += V) {
                 Vector<T> weight = broadcast(factor);
                 if (symmetric) weight += load(own.column_sum + begin + j);
-                store(row + j, weight * exp2(load(row + j), scale2));
+                const Vector<T> value = load(row + j);
+                store(row + j, weight * (keeps ? value : exp2(value, scale2)));
             }
             continue;
         }
@@ -79,10 +81,10 @@ inline void Contrast<T, Stored, ELEMENTS>::coefficients(int64_t block) {
 
 // S τ -> row_weight_i ((1 + β) exp((1 + β) S_ij − row_lse_i) − β exp(β S_ij − tilt_lse_i))
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::tilted_coefficients(int64_t block) {
+inline void Contrast<T, Stored, ELEMENTS>::tilted_coefficients(int64_t block, T* values) {
     const int64_t width = round_up(columns_of(block), V);
     for (int64_t i = 0; i < count; i++) {
-        T* row = own.panel + i * STRIDE;
+        T* row = values + i * STRIDE;
         const double weight = packed.row_weight[first + i];
         T lse, factor, tilt_lse, tilt_factor;
         split(packed.row_lse[first + i], (1 + call.beta) * weight, row_scale, lse, factor);

@@ -22,7 +22,8 @@
 //   BACKWARD  3 products. Block by block: the coefficients of S from the saved logsumexps; O, dŶ as above.
 //
 // A symmetric STEP is FORWARD then BACKWARD, since no row's gradient is known before all column sums are; one of
-// TILTED too, whose two sums share the product, but not the exponentials that O would add up.
+// TILTED too, whose two sums share the product, but not the exponentials that O would add up. Of a small symmetric and
+// `bounded` one, all E stay in between, which saves a product.
 // Where S has bounds that allow it, E is exp S as it is (`bounded`): cosines do, but at very low temperatures. Rows and
 // columns then share their exponentials. Elsewhere E is exp(S − maximum), of the row or the column.
 // SOFTPLUS needs no sum to know its coefficients, weight·σ(S + bias): every task is one sweep over the blocks.
@@ -32,7 +33,7 @@
 // positives, exponentials and their sums. It pays where the instruction is faster than two multiply-adds.
 //
 // Memory: Ŷ in the two layouts that the products want, a panel of S and of X̂ for each thread, and a dŶ for each but
-// the first, which adds up in the caller's where that is laid out as the products write.
+// the first, which adds up in the caller's where that is laid out as the products write; at most KEPT_BYTES of E.
 // Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
 // 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
 // in a fixed order, so a result depends on the number of threads but not on chance.
@@ -49,10 +50,6 @@ namespace HDC_ISA {
 
 constexpr double LOG2E = 1.4426950408889634;
 
-// exp S of cosines can do without a maximum up to this scale (τ from 0.025 on): a sum of e^40 over 2^40 rows, or one over
-// it, is far from the ends of float32.
-constexpr double HIGHEST_BOUND = 40;
-
 // What one thread does to its part of one group. Members are defined, inline, in the headers that they are listed under.
 template <typename T, typename Stored, Elements ELEMENTS>
 class Contrast {
@@ -68,8 +65,10 @@ class Contrast {
     const double scale, row_scale, tilt_scale;  // of S τ: 1 / τ; in row_lse; in tilt_lse
     const T scale2, tilt_scale2;                // the last two for exp2
     int64_t first = 0, count = 0;  // the rows of the current panel
+    T* panel = nullptr;            // its blocks
+    bool keeps = false;            // whether those of all panels stay
 
-    T* block_of_panel(int64_t block) const { return own.panel + block * own.panel_rows * STRIDE; }
+    T* block_of_panel(int64_t block) const { return panel + block * own.block_step; }
 
     int64_t columns_of(int64_t block) const { return std::min(BLOCK, group.columns - block * BLOCK); }
 
@@ -134,13 +133,13 @@ class Contrast {
     void exponentials(int64_t block, T* values);
 
     // forward.h
-    template <bool WITH_TILT> void update_rows(int64_t width);
-    void add_exponentials(int64_t block);
-    void update_columns(int64_t block);
+    template <bool WITH_TILT> void update_rows(const T* values, int64_t width);
+    void add_exponentials(int64_t block, T* values);
+    void update_columns(int64_t block, const T* values);
 
     // backward.h
-    void coefficients(int64_t block);
-    void tilted_coefficients(int64_t block);
+    void coefficients(int64_t block, T* values);
+    void tilted_coefficients(int64_t block, T* values);
     void load_columns();
     void split(double lse, double weight, double a, T& rounded, T& factor) const;
 
@@ -151,9 +150,8 @@ class Contrast {
     Contrast(const HdcCall& call, const Group<T>& group, const Packed<T>& packed, Private<T>& own)
         : group(group), packed(packed), own(own), call(call), normalize(call.normalize), symmetric(call.symmetric),
           tilted(call.function == HDC_TILTED), full_gradients(call.task == HDC_STEP), positives(call.function == HDC_INFO_NCE),
-          per_row(call.terms),
-          bounded(normalize && 1 / call.temperature <= HIGHEST_BOUND && (positives || call.function == HDC_LOGSUMEXP)),
-          scale(1 / call.temperature), row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
+          per_row(call.terms), bounded(is_bounded(call)), scale(1 / call.temperature),
+          row_scale(tilted ? (1 + call.beta) * scale : scale), tilt_scale(call.beta * scale),
           scale2(T(LOG2E * row_scale)), tilt_scale2(T(LOG2E * tilt_scale)) {}
 
     // One thread's part each; contrast_isa.cpp says in which order, and where all threads wait for each other.

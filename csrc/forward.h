@@ -23,15 +23,16 @@ inline void Contrast<T, Stored, ELEMENTS>::forward(Share rows) {
         start_rows();
         find_positives();
         for (int64_t block = 0; block < blocks(); block++) {
-            similarities(block, own.panel);
-            count_unbeaten(own.panel, columns_of(block));
+            T* values = block_of_panel(block);
+            similarities(block, values);
+            count_unbeaten(values, columns_of(block));
             if (bounded) {
-                add_exponentials(block);
+                add_exponentials(block, values);
                 continue;
             }
-            if (tilted) update_rows<true>(round_up(columns_of(block), V));
-            else update_rows<false>(round_up(columns_of(block), V));
-            if (symmetric) update_columns(block);
+            if (tilted) update_rows<true>(values, round_up(columns_of(block), V));
+            else update_rows<false>(values, round_up(columns_of(block), V));
+            if (symmetric) update_columns(block, values);
         }
         for (int64_t i = 0; i < count; i++) {
             const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);
@@ -45,19 +46,20 @@ inline void Contrast<T, Stored, ELEMENTS>::forward(Share rows) {
     }
 }
 
-// Sums of rows and columns out of the same exponentials.
+// Sums of rows and columns out of the same exponentials, which may be kept in place of S.
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::add_exponentials(int64_t block) {
+inline void Contrast<T, Stored, ELEMENTS>::add_exponentials(int64_t block, T* values) {
     const int64_t width = round_up(columns_of(block), V);
-    if (per_row) find_maxima(own.panel, width);
+    if (per_row) find_maxima(values, width);
     Vector<T> columns[BLOCK / V] = {};
     for (int64_t i = 0; i < count; i++) {
-        const T* row = own.panel + i * STRIDE;
+        T* row = values + i * STRIDE;
         Vector<T> sum{};
         for (int64_t j = 0; j < width; j += V) {
             const Vector<T> e = exp2(load(row + j), scale2);
             sum += e;
             columns[j / V] += e;
+            if (keeps) store(row + j, e);
         }
         store(own.row_sum + i * V, load(own.row_sum + i * V) + sum);
     }
@@ -69,9 +71,9 @@ inline void Contrast<T, Stored, ELEMENTS>::add_exponentials(int64_t block) {
 
 template <typename T, typename Stored, Elements ELEMENTS>
 template <bool WITH_TILT>
-inline void Contrast<T, Stored, ELEMENTS>::update_rows(int64_t width) {
+inline void Contrast<T, Stored, ELEMENTS>::update_rows(const T* values, int64_t width) {
     for (int64_t i = 0; i < count; i++) {
-        const T* row = own.panel + i * STRIDE;
+        const T* row = values + i * STRIDE;
         const Vector<T> before = load(own.row_maximum + i * V), now = maximum_of_row(row, width, before);
         Vector<T> sum = load(own.row_sum + i * V) * exp2(before - now, scale2), tilt{};
         if constexpr (WITH_TILT) tilt = load(own.row_second + i * V) * exp2(before - now, tilt_scale2);
@@ -87,14 +89,14 @@ inline void Contrast<T, Stored, ELEMENTS>::update_rows(int64_t width) {
 }
 
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::update_columns(int64_t block) {
+inline void Contrast<T, Stored, ELEMENTS>::update_columns(int64_t block, const T* values) {
     const int64_t width = round_up(columns_of(block), V);
     for (int64_t j = 0; j < width; j += V) {
         T *maxima = own.column_maximum + block * BLOCK + j, *sums = own.column_sum + block * BLOCK + j;
         const Vector<T> before = load(maxima);
         Vector<T> now = before, sum{};
-        for (int64_t i = 0; i < count; i++) now = maximum<T>(now, load(own.panel + i * STRIDE + j));
-        for (int64_t i = 0; i < count; i++) sum += exp2(load(own.panel + i * STRIDE + j) - now, scale2);
+        for (int64_t i = 0; i < count; i++) now = maximum<T>(now, load(values + i * STRIDE + j));
+        for (int64_t i = 0; i < count; i++) sum += exp2(load(values + i * STRIDE + j) - now, scale2);
         store(maxima, now);
         store(sums, load(sums) * exp2(before - now, scale2) + sum);
     }

@@ -96,6 +96,8 @@ inline const T* Contrast<T, Stored, ELEMENTS>::unit_x(int64_t row, T* out) const
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::start_panel(Share rows) {
     count = std::min(own.panel_rows, rows.end - first);
+    keeps = rows.end - rows.begin <= own.kept_rows;
+    panel = own.panel + (keeps ? (first - rows.begin) / own.panel_rows * blocks() * own.block_step : 0);
     for (int64_t i = 0; i < count; i++) {
         const T* x = unit_x(first + i, own.x + i * packed.stride);
         pair_row(x, own.x_pairs + i * packed.half_stride);

@@ -25,12 +25,12 @@ inline void Contrast<T, Stored, ELEMENTS>::softplus(Share rows) {
         if (gradients && ELEMENTS == PAIRS) weigh_rows(ones);
         find_positives();
         for (int64_t block = 0; block < blocks(); block++) {
-            similarities(block, own.panel);
-            count_unbeaten(own.panel, columns_of(block));
+            similarities(block, panel);
+            count_unbeaten(panel, columns_of(block));
             sigmoids(round_up(columns_of(block), V), saved);
             if (!gradients) continue;
-            add_to_sums(own.panel, block);
-            add_to_dy(own.panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
+            add_to_sums(panel, block);
+            add_to_dy(panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
         }
         for (int64_t i = 0; i < count; i++) {
             if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));
@@ -47,7 +47,7 @@ inline void Contrast<T, Stored, ELEMENTS>::softplus(Share rows) {
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sigmoids(int64_t width, bool saved) {
     for (int64_t i = 0; i < count; i++) {
-        T* row = own.panel + i * STRIDE;
+        T* row = panel + i * STRIDE;
         const T bias = group.bias[first + i], weight = saved ? group.upstream[first + i] : T(group.weight);
         Vector<T> sum = load(own.row_sum + i * V), slopes = load(own.row_second + i * V);
         for (int64_t j = 0; j < width; j += V) {

@@ -40,7 +40,7 @@ template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sum_bounded() {
     find_positives();
     for (int64_t block = 0; block < blocks(); block++) {
-        T* values = group.dy.data ? block_of_panel(block) : own.panel;
+        T* values = block_of_panel(block);
         similarities(block, values);
         count_unbeaten(values, columns_of(block));
         if (per_row) find_maxima(values, round_up(columns_of(block), V));
@@ -73,11 +73,11 @@ template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sum_in_passing() {
     find_positives();
     for (int64_t block = 0; block < blocks(); block++) {
-        similarities(block, own.panel);
-        count_unbeaten(own.panel, columns_of(block));
+        similarities(block, panel);
+        count_unbeaten(panel, columns_of(block));
         raise_maxima(round_up(columns_of(block), V), block > 0);
-        exponentials(block, own.panel);
-        add_to_sums(own.panel, block);
+        exponentials(block, panel);
+        add_to_sums(panel, block);
     }
 }
 
@@ -86,7 +86,7 @@ template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::raise_maxima(int64_t width, bool has_sums) {
     for (int64_t i = 0; i < count; i++) {
         const T before = own.row_maximum[i * V];
-        const T now = highest_lane<T>(maximum_of_row(own.panel + i * STRIDE, width, broadcast(before)));
+        const T now = highest_lane<T>(maximum_of_row(panel + i * STRIDE, width, broadcast(before)));
         if (!(now > before)) continue;
         const Vector<T> factor = exp2(broadcast(before) - now, scale2);
         store(own.row_maximum + i * V, broadcast(now));

@@ -13,6 +13,9 @@ namespace HDC_ISA {
 constexpr int64_t PANEL_ROWS = 256;
 // Above this, panels get fewer rows: 108 of 32,768 float columns. Half as many rows, of 16,384, cost 1.5 % of time.
 constexpr int64_t PANEL_BYTES = 16 << 20;
+// All E of a symmetric STEP are kept between its sweeps up to here, 2,048 rows and columns of float: reading them again
+// is faster than a product.
+constexpr int64_t KEPT_BYTES = 20 << 20;
 constexpr int64_t BLOCK = 128;
 
 template <typename T>
@@ -23,6 +26,15 @@ template <typename T>
 constexpr T LOWEST = std::numeric_limits<T>::lowest() / 4;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// exp S of cosines can do without a maximum up to this scale (τ from 0.025 on): a sum of e^40 over 2^40 rows, or one over
+// it, is far from the ends of float32.
+constexpr double HIGHEST_BOUND = 40;
+
+inline bool is_bounded(const HdcCall& call) {
+    const bool one_sum = call.function == HDC_INFO_NCE || call.function == HDC_LOGSUMEXP;
+    return one_sum && call.normalize && 1 / call.temperature <= HIGHEST_BOUND;
+}
 
 struct Share {  // of a thread
     int64_t begin, end;
@@ -101,7 +113,10 @@ struct Packed {
 template <typename T>
 struct Private {
     int64_t panel_rows;
-    T* panel;       // STEP with dŶ: [blocks, panel_rows, BLOCK_STRIDE]; otherwise one block
+    T* panel;       // [panels, blocks, panel_rows, BLOCK_STRIDE], but only one panel unless there are kept rows, and only
+                    // one block unless there are or this is a STEP with dŶ
+    int64_t block_step;  // from one block to the next: 0 if there is only one
+    int64_t kept_rows;   // of which a symmetric STEP keeps all E between its two sweeps, or 0
     T* x;           // [panel_rows, stride]: X̂, unless it is Ŷ
     T* x_pairs;     // with PAIRS: [panel_rows, half_stride]
     T* sums;        // [panel_rows, stride]: O
@@ -126,14 +141,20 @@ struct Private {
         in_place = is_first && dys && as_computed && problem.dy.column_stride == 1 && width == problem.width;
         dy_stride = in_place ? problem.dy.row_stride : width;
         const bool softplus = call.function == HDC_SOFTPLUS, tilted = call.function == HDC_TILTED;
-        const bool whole_panel = call.task == HDC_STEP && !symmetric && !softplus && !tilted && dys;
-        const int64_t blocks = whole_panel ? std::max<int64_t>(1, round_up(problem.columns, BLOCK) / BLOCK) : 1;
+        const int64_t share = (problem.rows + threads - 1) / threads;
+        const int64_t all_blocks = std::max<int64_t>(1, round_up(problem.columns, BLOCK) / BLOCK);
+        const bool keeps = call.task == HDC_STEP && symmetric && is_bounded(call) &&
+                problem.rows * all_blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)) <= KEPT_BYTES;
+        const bool whole_panel = keeps || (call.task == HDC_STEP && !symmetric && !softplus && !tilted && dys);
+        const int64_t blocks = whole_panel ? all_blocks : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
         const int64_t most = std::max<int64_t>(64, std::min(PANEL_ROWS, affordable)) / TILE_ROWS * TILE_ROWS;
         // Equal panels: a share of 260 rows is two panels of 130, not one of 252 and one of 8.
-        const int64_t share = (problem.rows + threads - 1) / threads, panels = (share + most - 1) / most;
+        const int64_t panels = (share + most - 1) / most;
         panel_rows = round_up((share + panels - 1) / panels, TILE_ROWS);
-        scratch.take(panel, blocks * panel_rows * BLOCK_STRIDE<T>);
+        block_step = whole_panel ? panel_rows * BLOCK_STRIDE<T> : 0;
+        kept_rows = keeps ? panels * panel_rows : 0;
+        scratch.take(panel, std::max(kept_rows, panel_rows) * blocks * BLOCK_STRIDE<T>);
         scratch.take(x, panel_rows * stride);
         scratch.take(x_pairs, call.bfloat16 ? panel_rows * row_stride<T>(width / 2) : 0);
         scratch.take(row_maximum, panel_rows * LANES<T>);

@@ -56,18 +56,21 @@ TAILS = [
 WIDTHS = [1, 3, 31, 33, 128, 200]
 
 
+@pytest.mark.parametrize(
+    "tau", [0.5, 0.02]
+)  # cosines are raised as they are, or relative to a maximum
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", FULL)
-def test_tails(dtype: torch.dtype, threads: int) -> None:
+def test_tails(dtype: torch.dtype, threads: int, tau: float) -> None:
     """A row, column or dimension left out or counted twice at the edge of a tile, block or panel."""
     for (rows, columns), width in (
         *itertools.product(TAILS, WIDTHS if threads == 1 else WIDTHS[1::3]),
         *itertools.product([(9, 17), (33, 33)], [513, 2048]),
     ):
         # In one dimension all cosines are ±1 and all gradients 0: there, without norms.
-        problems = problems_of([(1, rows, columns, width)], dtype, normalize=width > 1)
+        problems = problems_of([(1, rows, columns, width)], dtype, tau=tau, normalize=width > 1)
         largest = 1.0 if width > 1 else float(problems.x[0].abs().max() * problems.y[0].abs().max())
-        bound = rounding(dtype, width, 0.5, largest)
+        bound = rounding(dtype, width, tau, largest)
         for symmetric in (False, True) if rows == columns else (False,):
             problems = problems._replace(symmetric=symmetric)
             for run in (cpu.step, in_two):
@@ -374,6 +377,16 @@ def test_threads(dtype: torch.dtype, symmetric: bool) -> None:
                 strict=True,
             ):
                 assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("rows", [1000, 2200])
+def test_a_large_symmetric_step(rows: int) -> None:
+    """Up to 2,048 rows the exponentials are kept for the second sweep, beyond they are made again."""
+    problems = problems_of([(1, rows, rows, 8)], torch.float32, tau=0.07, symmetric=True)
+    for threads in (1, 2):
+        with on_threads(threads):
+            found = cpu.step(problems)
+        assert_equals_exact(problems, found, rounding(torch.float32, 8, 0.07))
 
 
 SMALLER_TEAM = """
