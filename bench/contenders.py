@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdc_kernels import fused_hd_nce, fused_info_nce
-from hdc_kernels.backends import cuda
+from hdc_kernels.backends import cpu, cuda
 from hdc_kernels.checks import Backend
 
 WIDTH = 128
@@ -79,6 +79,7 @@ class Contender(NamedTuple):
     build: Callable[[Case], Loss]
     peer: bool = False  # somebody else's package
     compiles: bool = False  # for many seconds, before its first result
+    rounds_to: str | None = None  # the dtype that it may round to, unless the case's
 
 
 def both_ways(loss: Loss, case: Case) -> Loss:
@@ -106,6 +107,23 @@ def ours(case: Case, backend: Backend = "auto") -> Loss:
 def ours_in_cuda(case: Case) -> Loss:
     _need_cuda_library(case)
     return ours(case, "cuda")
+
+
+def ours_in_bfloat16(case: Case) -> Loss:
+    if case.device != "cpu" or case.dtype != "float32":
+        raise Unfit("of float32 on CPUs")
+    if not (cpu.is_available() and cpu.multiplies_bfloat16()):
+        raise Unfit("needs a CPU that multiplies bfloat16")
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return ours(case)(query, key)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return loss
 
 
 def linear_cross_entropy(case: Case) -> Loss:
@@ -237,6 +255,7 @@ def product(case: Case) -> Loss:
 
 OURS = "ours"
 OURS_IN_CUDA = "ours, CUDA C++"
+OURS_IN_BFLOAT16 = "ours, bfloat16 products"
 EAGER = "eager"
 COMPILED = "eager, compiled"
 
@@ -245,6 +264,7 @@ INFO_NCE = [
     Contender(COMPILED, "the same under torch.compile", lambda c: compiled(eager(c)), compiles=True),
     Contender(OURS, "fused_info_nce", ours),
     Contender("ours, compiled", "the same under torch.compile", lambda c: compiled(ours(c)), compiles=True),
+    Contender(OURS_IN_BFLOAT16, 'under set_float32_matmul_precision("medium")', ours_in_bfloat16, rounds_to="bfloat16"),
     Contender(OURS_IN_CUDA, 'fused_info_nce(backend="cuda")', ours_in_cuda),
     Contender("linear_cross_entropy", "PyTorch's own, in chunks; one direction a call", linear_cross_entropy),
     Contender("info-nce-pytorch", "info_nce(); one direction a call", info_nce_pytorch, peer=True),

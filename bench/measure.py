@@ -136,17 +136,17 @@ def _begin(
         return {"status": "failed", "reason": reason(error)}
     budget.record(case.problem, name, Need(case.batch, seconds, entry.result.get("peak_bytes", 0)))
     if case.problem != "overhead":  # where loss and gradients are 0
-        entry.result |= _compare(found, expected, case)
+        entry.result |= _compare(found, expected, contender.rounds_to or case.dtype)
     return entry
 
 
-def _compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case) -> dict[str, Any]:
+def _compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str) -> dict[str, Any]:
     """Relative differences of loss and gradients from ours, and whether they are rounding alone."""
     loss, *gradients = (t.double() for t in found)
     expected_loss, *expected_gradients = (t.double() for t in expected)
     loss_error = float((loss - expected_loss).abs() / expected_loss.abs())
     gradient_error = relative_error(gradients, expected_gradients)
-    limit = TOLERANCE[case.dtype]
+    limit = TOLERANCE[dtype]
     return {
         "agrees": loss_error < limit and gradient_error < limit,
         "loss_difference": loss_error,

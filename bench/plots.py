@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from contenders import COMPILED, EAGER, OURS, OURS_IN_CUDA
+from contenders import COMPILED, EAGER, OURS, OURS_IN_BFLOAT16, OURS_IN_CUDA
 from family import FAMILY
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ COLOURS = {
     OURS: "#000000",
     "ours, compiled": "#7f7f7f",
     OURS_IN_CUDA: "#bfbfbf",
+    OURS_IN_BFLOAT16: "#bfbfbf",
     EAGER: "#d55e00",
     COMPILED: "#e69f00",
     "linear_cross_entropy": "#0072b2",
