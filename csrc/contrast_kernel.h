@@ -49,6 +49,7 @@
 namespace HDC_ISA {
 
 constexpr double LOG2E = 1.4426950408889634;
+constexpr int64_t ROWS_AHEAD = 8;  // of the one at work
 
 // What one thread does to its part of one group. Members are defined, inline, in the headers that they are listed under.
 template <typename T, typename Stored, Elements ELEMENTS>
@@ -82,6 +83,14 @@ class Contrast {
 
     // Steps of a product over the width.
     int64_t steps_of_width() const { return ELEMENTS == PAIRS ? packed.width / 2 : packed.width; }
+
+    // Rows of several timesteps lie pages apart, where the hardware's own prefetching stops.
+    template <typename Element>
+    void prefetch_row(const HdcMatrix& matrix, int64_t row, int64_t rows) const {
+        if (row >= rows || matrix.column_stride != 1) return;
+        const Element* from = static_cast<const Element*>(matrix.data) + row * matrix.row_stride;
+        for (int64_t d = 0; d < group.width; d += 64 / int64_t(sizeof(Element))) __builtin_prefetch(from + d);
+    }
 
     // Of the current panel.
     const T* x_row(int64_t row) const { return packed.is_one ? y_row(row) : own.x + (row - first) * packed.stride; }
@@ -122,7 +131,7 @@ class Contrast {
     // gradients.h
     void finish_dx(int64_t i, double factor, double weight);
     template <typename Gradient>
-    double finish_gradient(Gradient g, const T* x, double inverse, const HdcMatrix& matrix, int64_t row);
+    double finish_gradient(Gradient g, const T* x, double inverse, const HdcMatrix& matrix, int64_t row, int64_t rows);
     template <typename To> void write(const HdcMatrix& matrix, int64_t row, const T* values) const;
 
     // step.h

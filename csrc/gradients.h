@@ -20,7 +20,7 @@ inline void Contrast<T, Stored, ELEMENTS>::finish_dx(int64_t i, double factor, d
     const T* y = positives ? y_row(row) : x_row(row);           // any row, times 0
     own.d_temperature -= scale * finish_gradient(
         [=](int64_t d) { return of_sum * load(sums + d) - of_y * load(y + d); },
-        x_row(row), packed.x_inverse[row], group.dx, row);
+        x_row(row), packed.x_inverse[row], group.dx, row, group.rows);
 }
 
 template <typename T, typename Stored, Elements ELEMENTS>
@@ -37,7 +37,7 @@ inline void Contrast<T, Stored, ELEMENTS>::finish_dy(Share columns, Threads<T> t
                     if (thread.has_dy) sum += load(thread.dy + j * thread.dy_stride + d);
                 return sum * T(scale);
             },
-            y_row(j), packed.y_inverse[j], group.dy, j);
+            y_row(j), packed.y_inverse[j], group.dy, j, columns.end);
     }
 }
 
@@ -45,7 +45,7 @@ inline void Contrast<T, Stored, ELEMENTS>::finish_dy(Share columns, Threads<T> t
 template <typename T, typename Stored, Elements ELEMENTS>
 template <typename Gradient>
 inline double Contrast<T, Stored, ELEMENTS>::finish_gradient(Gradient g, const T* x, double inverse,
-                                                             const HdcMatrix& matrix, int64_t row) {
+                                                             const HdcMatrix& matrix, int64_t row, int64_t rows) {
     Vector<T> products{};
     for (int64_t d = 0; d < packed.width; d += V) {
         const Vector<T> value = g(d);
@@ -54,6 +54,7 @@ inline double Contrast<T, Stored, ELEMENTS>::finish_gradient(Gradient g, const T
     }
     const T along = sum_of_lanes<T>(products), factor = T(inverse), pull = normalize ? along : T(0);
     const bool direct = full_gradients ? is_direct<T>(matrix) : is_direct<Stored>(matrix);
+    if (direct) prefetch_row<T>(matrix, row + ROWS_AHEAD, rows);
     T* to = direct ? static_cast<T*>(matrix.data) + row * matrix.row_stride : own.gradient;
     for (int64_t d = 0; d < packed.width; d += V) store(to + d, (load(own.gradient + d) - pull * load(x + d)) * factor);
     if (!direct && full_gradients) write<T>(matrix, row, own.gradient);

@@ -19,6 +19,8 @@ inline void Contrast<T, Stored, ELEMENTS>::pack(Share numbers) {
     for (int64_t j = numbers.begin; j < numbers.end; j++) {
         const bool has_x = j < group.rows, has_y = j < group.columns;
         T* unit_y = packed.y + j * packed.stride;
+        prefetch_row<Stored>(group.x, j + ROWS_AHEAD, group.rows);
+        prefetch_row<Stored>(group.y, j + ROWS_AHEAD, group.columns);
         if (has_x && has_y) {
             const T *x = read(group.x, j, own.x), *y = read(group.y, j, unit_y);
             Vector<double> xx{}, xy{}, yy{};
