@@ -43,7 +43,7 @@ inline void Contrast<T, Stored, ELEMENTS>::backward(Share rows) {
             if (tilted) tilted_coefficients(block, values);
             else coefficients(block, values);
             add_to_sums(values, block);
-            add_to_dy(values, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
+            add_to_dy(pair_rows(values, block, own.pairs), block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
         }
         for (int64_t i = 0; i < count; i++) {
             const double weight = packed.row_weight[first + i] + (symmetric ? packed.column_weight[first + i] : 0);

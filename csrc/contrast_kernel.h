@@ -34,7 +34,7 @@
 //
 // Memory: Ŷ in the two layouts that the products want, a panel of S and of X̂ for each thread, and a dŶ for each but
 // the first, which adds up in the caller's where that is laid out as the products write; at most KEPT_BYTES of E.
-// Limit: the FMA units; at D = 128 the exponentials and maxima are 3 to 5 % of the instructions. STEP is
+// Limit: the FMA units; at D = 128 the exponentials take 2 to 3 % of the time, cache misses up to 10 %. STEP is
 // 48 flop a byte of cache traffic, so L2 and L3 keep up. Threads own contiguous rows; their dŶ are added
 // in a fixed order, so a result depends on the number of threads but not on chance.
 #pragma once
@@ -70,6 +70,9 @@ class Contrast {
     bool keeps = false;            // whether those of all panels stay
 
     T* block_of_panel(int64_t block) const { return panel + block * own.block_step; }
+
+    // Where S of a block is made: not in the panel if that holds pairs.
+    T* made_in(int64_t block) const { return own.block ? own.block : block_of_panel(block); }
 
     int64_t columns_of(int64_t block) const { return std::min(BLOCK, group.columns - block * BLOCK); }
 
@@ -114,7 +117,8 @@ class Contrast {
     void similarities(int64_t block, T* out);
     void add_to_sums(const T* coefficients, int64_t block);
     void weigh_rows(const double* factors);
-    void add_to_dy(const T* coefficients, int64_t block, const T* rows, int64_t begin);
+    void add_to_dy(const T* paired, int64_t block, const T* rows, int64_t begin);
+    const T* pair_rows(const T* coefficients, int64_t block, T* out) const;
 
     // terms.h
     void start_rows();

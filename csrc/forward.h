@@ -26,13 +26,10 @@ inline void Contrast<T, Stored, ELEMENTS>::forward(Share rows) {
             T* values = block_of_panel(block);
             similarities(block, values);
             count_unbeaten(values, columns_of(block));
-            if (bounded) {
-                add_exponentials(block, values);
-                continue;
-            }
-            if (tilted) update_rows<true>(values, round_up(columns_of(block), V));
+            if (bounded) add_exponentials(block, values);
+            else if (tilted) update_rows<true>(values, round_up(columns_of(block), V));
             else update_rows<false>(values, round_up(columns_of(block), V));
-            if (symmetric) update_columns(block, values);
+            if (symmetric && !bounded) update_columns(block, values);
         }
         for (int64_t i = 0; i < count; i++) {
             const Vector<T> maxima = load(own.row_maximum + i * V), sums = load(own.row_sum + i * V);

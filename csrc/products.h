@@ -88,26 +88,30 @@ inline void Contrast<T, Stored, ELEMENTS>::weigh_rows(const double* factors) {
     }
 }
 
-// dŶ += blockᵀ · rows, beginning with the panel at row `begin`; `rows` are those of X̂ or, as always with
-// PAIRS, what `weigh_rows` made of them.
+// dŶ += blockᵀ · rows, beginning with the panel at row `begin`; the block is that of `pair_rows`, the rows are those of
+// X̂ or, as always with PAIRS, what `weigh_rows` made of them.
 template <typename T, typename Stored, Elements ELEMENTS>
-inline void Contrast<T, Stored, ELEMENTS>::add_to_dy(const T* coefficients, int64_t block, const T* rows, int64_t begin) {
+inline void Contrast<T, Stored, ELEMENTS>::add_to_dy(const T* paired, int64_t block, const T* rows, int64_t begin) {
     if (!group.dy.data) return;
-    const int64_t columns = columns_of(block);
-    Operand<T> left{coefficients, STRIDE};
-    if constexpr (ELEMENTS == PAIRS) {
-        for (int64_t i = 0; i < count; i += 2)
-            for (int64_t j = 0; j < columns; j += V) {
-                const T* row = coefficients + i * STRIDE + j;
-                const Vector<T> next = i + 1 < count ? load(row + STRIDE) : Vector<T>{};
-                store(own.pairs + i / 2 * STRIDE + j, pair_lanes(load(row), next));
-            }
-        left.data = own.pairs;
-    }
     const int64_t steps = ELEMENTS == PAIRS ? (count + 1) / 2 : count;
     for (int64_t d = 0; d < packed.width; d += W)
-        multiply<T, BY_STEP, ELEMENTS>(columns, packed.width - d, left, {rows + d, packed.stride}, steps,
+        multiply<T, BY_STEP, ELEMENTS>(columns_of(block), packed.width - d, {paired, STRIDE}, {rows + d, packed.stride}, steps,
                                        own.dy + block * BLOCK * own.dy_stride + d, own.dy_stride, first > begin);
+}
+
+// A block as `add_to_dy` wants it: as it is, or with PAIRS two rows in one, written to `out`.
+template <typename T, typename Stored, Elements ELEMENTS>
+inline const T* Contrast<T, Stored, ELEMENTS>::pair_rows(const T* coefficients, int64_t block, T* out) const {
+    if constexpr (ELEMENTS == SINGLE) return coefficients;
+    else {
+        for (int64_t i = 0; i < count && group.dy.data; i += 2)
+            for (int64_t j = 0; j < columns_of(block); j += V) {
+                const T* row = coefficients + i * STRIDE + j;
+                const Vector<T> next = i + 1 < count ? load(row + STRIDE) : Vector<T>{};
+                store(out + i / 2 * STRIDE + j, pair_lanes(load(row), next));
+            }
+        return out;
+    }
 }
 
 }  // namespace HDC_ISA

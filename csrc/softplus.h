@@ -30,7 +30,7 @@ inline void Contrast<T, Stored, ELEMENTS>::softplus(Share rows) {
             sigmoids(round_up(columns_of(block), V), saved);
             if (!gradients) continue;
             add_to_sums(panel, block);
-            add_to_dy(panel, block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
+            add_to_dy(pair_rows(panel, block, own.pairs), block, ELEMENTS == PAIRS ? own.weighted : x_row(first), rows.begin);
         }
         for (int64_t i = 0; i < count; i++) {
             if (!saved) finish_term(first + i, double(sum_of_lanes<T>(load(own.row_sum + i * V))));

@@ -29,27 +29,31 @@ inline void Contrast<T, Stored, ELEMENTS>::step(Share rows) {
             factors[i] = sum == 0 ? 0 : packed.row_weight[first + i] / sum;
         }
         weigh_rows(factors);
-        for (int64_t block = 0; block < blocks(); block++) add_to_dy(block_of_panel(block), block, own.weighted, rows.begin);
+        for (int64_t block = 0; block < blocks(); block++) {
+            const T* values = block_of_panel(block);
+            add_to_dy(own.block ? values : pair_rows(values, block, own.pairs), block, own.weighted, rows.begin);
+        }
         for (int64_t i = 0; i < count; i++)
             finish_dx(i, factors[i], packed.row_weight[first + i]);
     }
 }
 
-// The panel becomes E; its row sums and O. All while a block is in the L2 cache.
+// The panel becomes E, with PAIRS as `add_to_dy` wants it; its row sums and O. All while a block is in the L2 cache.
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sum_bounded() {
     find_positives();
     for (int64_t block = 0; block < blocks(); block++) {
-        T* values = block_of_panel(block);
+        T* values = made_in(block);
         similarities(block, values);
         count_unbeaten(values, columns_of(block));
         if (per_row) find_maxima(values, round_up(columns_of(block), V));
         exponentials(block, values);
         add_to_sums(values, block);
+        if (own.block) pair_rows(values, block, block_of_panel(block));
     }
 }
 
-// The same where only the row's maximum tells what S may be raised to: S of the whole panel comes first.
+// The same relative to the rows' maxima, for which S of the whole panel comes first.
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::sum_panel() {
     for (int64_t block = 0; block < blocks(); block++) {

@@ -22,7 +22,7 @@ inline void Contrast<T, Stored, ELEMENTS>::start_rows() {
 template <typename T, typename Stored, Elements ELEMENTS>
 inline void Contrast<T, Stored, ELEMENTS>::find_positives() {
     if (!group.ranks) return;
-    for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, panel);
+    for (int64_t block = first / BLOCK; block <= (first + count - 1) / BLOCK; block++) similarities(block, made_in(0));
 }
 
 // Columns of one block that the positive does not beat; NaN beats nothing and is not beaten.

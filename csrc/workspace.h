@@ -116,6 +116,7 @@ struct Private {
     T* panel;       // [panels, blocks, panel_rows, BLOCK_STRIDE], but only one panel unless there are kept rows, and only
                     // one block unless there are or this is a STEP with dŶ
     int64_t block_step;  // from one block to the next: 0 if there is only one
+    T* block;            // where the panel holds pairs of rows, which takes half the room: one block of S; otherwise null
     int64_t kept_rows;   // of which a symmetric STEP keeps all E between its two sweeps, or 0
     T* x;           // [panel_rows, stride]: X̂, unless it is Ŷ
     T* x_pairs;     // with PAIRS: [panel_rows, half_stride]
@@ -144,7 +145,7 @@ struct Private {
         const int64_t share = (problem.rows + threads - 1) / threads;
         const int64_t all_blocks = std::max<int64_t>(1, round_up(problem.columns, BLOCK) / BLOCK);
         const bool keeps = call.task == HDC_STEP && symmetric && is_bounded(call) &&
-                problem.rows * all_blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)) <= KEPT_BYTES;
+                           problem.rows * all_blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)) <= KEPT_BYTES;
         const bool whole_panel = keeps || (call.task == HDC_STEP && !symmetric && !softplus && !tilted && dys);
         const int64_t blocks = whole_panel ? all_blocks : 1;
         const int64_t affordable = PANEL_BYTES / (blocks * BLOCK_STRIDE<T> * int64_t(sizeof(T)));
@@ -152,9 +153,13 @@ struct Private {
         // Equal panels: a share of 260 rows is two panels of 130, not one of 252 and one of 8.
         const int64_t panels = (share + most - 1) / most;
         panel_rows = round_up((share + panels - 1) / panels, TILE_ROWS);
-        block_step = whole_panel ? panel_rows * BLOCK_STRIDE<T> : 0;
+        const bool holds_pairs = call.bfloat16 && whole_panel && !keeps && is_bounded(call);
+        const int64_t block_size = panel_rows * BLOCK_STRIDE<T> / (holds_pairs ? 2 : 1);
+        block_step = whole_panel ? block_size : 0;
         kept_rows = keeps ? panels * panel_rows : 0;
-        scratch.take(panel, std::max(kept_rows, panel_rows) * blocks * BLOCK_STRIDE<T>);
+        scratch.take(panel, (keeps ? panels : 1) * blocks * block_size);
+        scratch.take(block, holds_pairs ? panel_rows * BLOCK_STRIDE<T> : 0);
+        if (!holds_pairs) block = nullptr;
         scratch.take(x, panel_rows * stride);
         scratch.take(x_pairs, call.bfloat16 ? panel_rows * row_stride<T>(width / 2) : 0);
         scratch.take(row_maximum, panel_rows * LANES<T>);
