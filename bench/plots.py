@@ -193,7 +193,7 @@ def _speedup(result: Result) -> Figure:
             ax.bar(places, heights, 0.38, color=COLOURS[name], label=name)
             for place, height in zip(places, heights, strict=True):
                 if height:  # at the foot, clear of the marks
-                    ax.text(place, 0.08, f"{height:.1f}", fontsize=8, ha="center", va="bottom")
+                    ax.text(place, 0.08, f"{height:.1f}", fontsize=6.5, ha="center", va="bottom")
             for other in others:
                 twins = [report.same(other, case) for case in cases]
                 found = [twin and report.ratio(twin, name) for twin in twins]
@@ -205,7 +205,7 @@ def _speedup(result: Result) -> Figure:
                     x, y = zip(*points, strict=True)
                     ax.scatter(x, y, 130, "black", marker="_", zorder=3, label=label)
         ax.axhline(1, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(cases)), [_short(case) for case in cases], fontsize=8)
+        ax.set_xticks(range(len(cases)), [_short(case) for case in cases], fontsize=6.5)
         ax.set_xlabel("batch B (sym.: symmetric InfoNCE)")
         ax.set_title(_run_title(result, run), loc="left", fontsize=10)
     axes[0].set_ylabel("time of a step / ours")
