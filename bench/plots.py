@@ -193,7 +193,7 @@ def _speedup(result: Result) -> Figure:
             ax.bar(places, heights, 0.38, color=COLOURS[name], label=name)
             for place, height in zip(places, heights, strict=True):
                 if height:  # at the foot, clear of the marks
-                    ax.text(place, 0.08, f"{height:.1f}", fontsize=6.5, ha="center", va="bottom")
+                    ax.text(place, 0.08, f"{height:.1f}", fontsize=6, ha="center", va="bottom")
             for other in others:
                 twins = [report.same(other, case) for case in cases]
                 found = [twin and report.ratio(twin, name) for twin in twins]
