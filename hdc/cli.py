@@ -295,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except distributed.RankLost as error:
         print(f"hdc-train: {one_line(error)}", file=sys.stderr)
         return 3
+    except SystemExit as end:  # after --help, or because another rank has said why
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print(
             "hdc-train: interrupted; a training run goes on with --resume, prepare and reproduce without",
@@ -474,7 +476,7 @@ def run() -> NoReturn:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # where Python flushes to at its end
         code = 1
-    sys.exit(code)
+    distributed.leave(code)
 
 
 if __name__ == "__main__":

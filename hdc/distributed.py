@@ -4,12 +4,14 @@ Without torchrun, or with one process, no group is made, and everything here is 
 """
 
 import argparse
+import atexit
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from uuid import uuid4
 
 import torch
@@ -30,6 +32,7 @@ PATIENCE = timedelta(days=365)  # the same where rank 0 works alone: its death b
 ROLL_CALL = 10.0  # seconds in which the ranks that are left must say so
 
 _restarted = False
+_held: dist.ProcessGroup | None = None  # see `leave`
 
 
 class RankLost(Exception):
@@ -51,6 +54,10 @@ def group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
 
 
+def _one_of_several() -> bool:
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def restarted() -> bool:
     """Whether torchrun started this run again, after a process died or the number of nodes changed."""
     return _restarted
@@ -66,10 +73,11 @@ def session() -> Iterator[None]:
     Raises:
         RankLost: another rank died, hangs, or never came.
     """
-    global _restarted
-    elastic = dist.is_torchelastic_launched()
-    _restarted = elastic and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    if not elastic or int(os.environ["WORLD_SIZE"]) == 1:
+    global _restarted, _held
+    _restarted = (
+        dist.is_torchelastic_launched() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    )
+    if not _one_of_several():
         yield
         return
     launch, own, size = next(iter(rendezvous("env://", timeout=START)))
@@ -84,6 +92,7 @@ def session() -> Iterator[None]:
             world_size=size,
             timeout=TIMEOUT,
         )
+        _held = dist.group.WORLD
         console.quiet = own > 0
         # Each node counts the restarts that it caused, so one of them knowing is enough; and none knows
         # when a node that joined made torchrun start anew.
@@ -103,6 +112,21 @@ def session() -> Iterator[None]:
         if store.add("failures", 1) > 1:
             raise SystemExit(2 if launch.check(["mistake"]) else 3) from None
         raise RankLost(message) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, after a `session`.
+
+    A gloo thread that was the last to need a tensor takes Python's lock to free it, even after everybody has
+    the result (torch 2.13). While the interpreter ends, that aborts the process; where the group is freed, which
+    waits for its threads, both wait for ever. So a rank holds the group, and ends without the interpreter's end.
+    """
+    if not _one_of_several():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _name_of_start(launch: Store, own: int, size: int) -> str:

@@ -4,6 +4,7 @@ ranks.py work VIDEOS BROKEN OUT           `work`
 ranks.py fault NAME hdc-train's arguments  hdc-train, with one of `FAULTS` in it
 """
 
+import atexit
 import errno
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import hdc.probe
@@ -189,6 +191,45 @@ def killed_fit() -> None:
     at_fit(kill)
 
 
+class Lingering:
+    """What the interpreter takes a second to free at its end."""
+
+    def __del__(self) -> None:
+        time.sleep(1)
+
+
+lingering: Lingering | None = None
+
+
+def late_sum() -> None:
+    """Rank 0 ends with a sum under way. Rank 1 joins it after all else that Python does before its end."""
+    (out,) = (Path(one.removeprefix("--out=")) for one in sys.argv if one.startswith("--out="))
+    ending = out / "ending"
+
+    def begin() -> None:
+        global lingering
+        lingering = Lingering()
+        dist.all_reduce(torch.ones(1), async_op=True)
+        raise InputError("enough")
+
+    def keep_lock() -> None:
+        if lingering is not None:
+            ending.touch()
+            sys.setswitchinterval(60)
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                pass
+
+    def join() -> None:
+        while not ending.exists():
+            time.sleep(0.01)
+        dist.all_reduce(torch.ones(1))
+
+    atexit.register(keep_lock)
+    at_step(begin, rank=0, step=1)
+    at_step(join, rank=1, step=1)
+
+
 FAULTS = {
     "kills": kills,
     "hang": hang,
@@ -197,6 +238,7 @@ FAULTS = {
     "vanish": vanish,
     "long-fit": long_fit,
     "killed-fit": killed_fit,
+    "late-sum": late_sum,
 }
 
 
@@ -204,7 +246,8 @@ if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
     if name == "fault":
         FAULTS[arguments[0]]()
-        sys.exit(cli.main(arguments[1:]))
+        sys.argv[1:] = arguments[1:]
+        cli.run()
     videos, broken, out = map(Path, arguments)
     with distributed.session():
         if distributed.rank() > 0:
@@ -212,3 +255,4 @@ if __name__ == "__main__":
         work(videos, broken, out)
         if (out / "resumed").exists():
             resume(videos, out)
+    distributed.leave(0)

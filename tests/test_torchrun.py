@@ -252,32 +252,47 @@ def test_rank_0_may_work_long(videos: Path, one: Path, tmp_path: Path) -> None:
         assert ours[name] == theirs[name]
 
 
-def test_rank_0_dies_where_it_works_alone(videos: Path, tmp_path: Path) -> None:
-    """Without torchrun, which would end the others of its node: they notice, long before ten minutes are over."""
+def start_by_hand(processes: int, fault: str, *arguments: str) -> tuple[list[int], list[list[str]]]:
+    """As torchrun would, which ends the others of its node if one dies. Exit codes and lines on stderr, by rank."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": "3",
-        "LOCAL_WORLD_SIZE": "3",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    command = [sys.executable, ranks.__file__, "fault", "killed-fit", "probe"]
-    command += [f"--data={videos}", f"--out={tmp_path}", *PROBE]
-    processes = [
+    started = [
         subprocess.Popen(
-            command,
+            [sys.executable, ranks.__file__, "fault", fault, *arguments],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(3)
+        for rank in range(processes)
     ]
-    shown = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [-signal.SIGKILL, 3, 3]
-    lines = [line for text in shown for line in text.splitlines() if "hdc-train" in line]
+    shown = [process.communicate(timeout=120)[1].splitlines() for process in started]
+    return [process.returncode for process in started], shown
+
+
+def test_rank_0_dies_where_it_works_alone(videos: Path, tmp_path: Path) -> None:
+    """The others notice, long before ten minutes are over."""
+    options = [f"--data={videos}", f"--out={tmp_path}", *PROBE]
+    codes, shown = start_by_hand(3, "killed-fit", "probe", *options)
+    assert codes == [-signal.SIGKILL, 3, 3]
+    lines = [line for lines in shown for line in lines if "hdc-train" in line]
     assert lines == ["hdc-train: rank 0 died"]
+
+
+def test_sum_that_ends_after_a_rank(videos: Path, tmp_path: Path) -> None:
+    """The thread that makes it must not meet an interpreter at its end: that would abort rank 0."""
+    options = [f"--data={videos}", f"--out={tmp_path}", *TRAIN]
+    codes, shown = start_by_hand(2, "late-sum", "pretrain", *options)
+    assert codes == [2, 2]
+    assert [line for lines in shown for line in lines if "hdc-train" in line] == [
+        "hdc-train: enough"
+    ]
